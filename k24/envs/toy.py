@@ -1,0 +1,176 @@
+"""Suite ``toy``: games of a few steps whose best return is known.
+
+A learner that is wrong can still look busy on a simulated task. It cannot on these: each isolates one ability, its optimum is
+stated as ``optimal_return`` (the sum over agents and steps), and a run takes seconds.
+
+| task | what it needs | without it |
+|---|---|---|
+| ``toy/matrix`` | credit for a joint action | a lower cell of the table |
+| ``toy/specialisation`` | agents that differ | 1/n if deterministic; at most 0.75 for two agents that toss coins |
+| ``toy/memory`` | recurrence | one right answer in ``n_cues``, by luck |
+
+Every game here ends of itself, so ``truncated`` is always false.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
+from k24.envs.check import require_actions
+from k24.errors import UsageError, unknown_name
+
+
+class MatrixGame(TeamEnv):
+    """Two agents choose once, and share what the table pays for the pair.
+
+    The table is monotonic: whatever the other one does, action 1 beats 0 and 0 beats 2. So the independent learners, VDN and QMIX can
+    all represent what matters and must find the optimum. It is no sum of one part per agent, so VDN fits it only roughly.
+
+    Attributes:
+        payoff: Return of the team for each pair of actions.
+        optimal_return: The best of them, at actions (1, 1).
+    """
+
+    payoff = ((0.2, 0.5, 0.0), (0.5, 1.0, 0.3), (0.0, 0.3, -0.2))
+    optimal_return = 1.0
+
+    def __init__(self, n_envs: int, device: str | torch.device = "cpu") -> None:
+        self.n_envs = n_envs
+        self.device = torch.device(device)
+        self.spec = EnvSpec(n_agents=2, obs_dim=1, state_dim=1, n_actions=3, episode_limit=1)
+        self._table = torch.tensor(self.payoff, device=self.device)
+
+    def reset(self, seed: int) -> Observation:
+        """See ``TeamEnv.reset``; there is nothing random to seed."""
+        return _nothing_to_see(self)
+
+    def step(self, actions: Tensor) -> Step:
+        """See ``TeamEnv.step``."""
+        require_actions(self, actions)
+        return _end(self, self._table[actions[0], actions[1]])
+
+
+class Specialisation(TeamEnv):
+    """Agents that all see the same must do different things.
+
+    The team's return is the number of distinct actions over the number of agents. A shared policy that is not told which
+    agent it acts for gets ``1/n`` if it is deterministic, and at most ``1 - (1 - 1/n)^n`` (0.75 for two) if it is not.
+
+    Attributes:
+        optimal_return: 1, when no two agents do the same.
+    """
+
+    optimal_return = 1.0
+
+    def __init__(self, n_envs: int, device: str | torch.device = "cpu", n_agents: int = 2) -> None:
+        if n_agents < 2:
+            raise UsageError(f"toy/specialisation: n_agents must be at least 2, got {n_agents}")
+        self.n_envs = n_envs
+        self.device = torch.device(device)
+        self.spec = EnvSpec(n_agents, obs_dim=1, state_dim=1, n_actions=n_agents, episode_limit=1)
+
+    def reset(self, seed: int) -> Observation:
+        """See ``TeamEnv.reset``; there is nothing random to seed."""
+        return _nothing_to_see(self)
+
+    def step(self, actions: Tensor) -> Step:
+        """See ``TeamEnv.step``."""
+        require_actions(self, actions)
+        chosen = F.one_hot(actions, self.spec.n_actions).any(dim=0)
+        return _end(self, chosen.sum(dim=-1) / self.spec.n_agents)
+
+
+class MemoryGame(TeamEnv):
+    """Each agent sees a cue at the first step and must name it at the last.
+
+    An observation is the cue as one-hot (zeros after the first step), then a flag that is 1 at the last step, the only one where the
+    action counts. Agents have cues of their own, and each right answer pays ``1/n_agents``. Without memory, the best return is
+    ``1/n_cues``.
+
+    Attributes:
+        optimal_return: 1, when every agent answers right.
+    """
+
+    optimal_return = 1.0
+
+    def __init__(self, n_envs: int, device: str | torch.device = "cpu", n_agents: int = 2, n_cues: int = 2, max_steps: int = 4) -> None:
+        for name, value, least in (("n_agents", n_agents, 1), ("n_cues", n_cues, 2), ("max_steps", max_steps, 2)):
+            if value < least:
+                raise UsageError(f"toy/memory: {name} must be at least {least}, got {value}")
+        self.n_envs = n_envs
+        self.device = torch.device(device)
+        obs_dim = n_cues + 1
+        self.spec = EnvSpec(n_agents, obs_dim, n_agents * obs_dim, n_cues, max_steps)
+        self._random = torch.Generator(self.device)
+        blank = torch.zeros(n_agents, n_envs, obs_dim, device=self.device)
+        asked = blank.clone()
+        asked[..., -1] = 1
+        self._blank, self._asked = _with_state(blank), _with_state(asked)
+
+    def reset(self, seed: int) -> Observation:
+        """See ``TeamEnv.reset``."""
+        self._random.manual_seed(seed)
+        return self._begin()
+
+    def step(self, actions: Tensor) -> Step:
+        """See ``TeamEnv.step``."""
+        require_actions(self, actions)
+        self._clock += 1
+        last = self._clock == self.spec.episode_limit
+        reward = (actions == self._cue) / self.spec.n_agents if last else torch.zeros(actions.shape, device=self.device)
+        after = self._asked if self._clock == self.spec.episode_limit - 1 else self._blank
+        ended = torch.full((self.n_envs,), last, device=self.device)
+        # All environments keep the same time, so they begin anew together.
+        return Step(after, self._begin() if last else after, reward, ended, torch.zeros_like(ended))
+
+    def _begin(self) -> Observation:
+        """Draws new cues and shows them."""
+        self._clock = 0
+        n_cues = self.spec.n_actions
+        self._cue = torch.randint(n_cues, (self.spec.n_agents, self.n_envs), generator=self._random, device=self.device)
+        return _with_state(F.one_hot(self._cue, n_cues + 1).float())
+
+
+_GAMES = {"toy/matrix": MatrixGame, "toy/specialisation": Specialisation, "toy/memory": MemoryGame}
+
+TASKS = {
+    "toy/matrix": "two agents, one table, one best pair of actions",
+    "toy/specialisation": "agents that see the same must act differently",
+    "toy/memory": "a cue at the first step is asked for at the last",
+}
+
+
+def make(task: str, n_envs: int, device: str | torch.device = "cpu", **kwargs: object) -> TeamEnv:
+    """Builds one task of ``TASKS``; options are those of its class."""
+    game = _GAMES[task]
+    known = set(inspect.signature(game).parameters) - {"n_envs", "device"}
+    for name, value in kwargs.items():
+        if name not in known:
+            raise unknown_name(f"option of {task}", name, known)
+        if not isinstance(value, int):
+            raise UsageError(f"{task}: {name} must be a whole number, got {value!r}")
+    return game(n_envs, device, **kwargs)
+
+
+def _nothing_to_see(env: TeamEnv) -> Observation:
+    """The constant 1 for every agent."""
+    return Observation(torch.ones(env.spec.n_agents, env.n_envs, 1, device=env.device), torch.ones(env.n_envs, 1, device=env.device))
+
+
+def _with_state(obs: Tensor) -> Observation:
+    """Observations ``[A, E, D]``, with all of them side by side as the state."""
+    return Observation(obs, obs.transpose(0, 1).flatten(1))
+
+
+def _end(env: TeamEnv, team_return: Tensor) -> Step:
+    """The step that ends a one-step game; what the team earned, ``[E]``, is shared evenly."""
+    n_agents = env.spec.n_agents
+    ended = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
+    reward = (team_return / n_agents).expand(n_agents, -1).contiguous()
+    return Step(_nothing_to_see(env), _nothing_to_see(env), reward, ended, torch.zeros_like(ended))
+

@@ -1,0 +1,45 @@
+"""The errors a user can meet.
+
+Each message names the value, what was expected and the remedy, and fits on one line: the command line prints it as it is. ``UsageError`` means
+that nothing was started (exit status 2); ``RunError`` means that something failed while running (exit status 1) and that what was
+saved before is still good.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class K24Error(Exception):
+    """Base of every error that k24 raises on purpose."""
+
+    exit_status = 1
+
+
+class UsageError(K24Error, ValueError):
+    """A wrong option, name, file or shape: found before any work started."""
+
+    exit_status = 2
+
+
+class RunError(K24Error, RuntimeError):
+    """A failure while running: NaN in a loss, an environment that broke its contract."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that is damaged, of another version, or of another configuration."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Builds the error for a name that is not in a table, with the nearest known one.
+
+    Args:
+        kind: What the name stands for, e.g. ``"sharing scheme"``.
+        name: The name that was given.
+        known: The names that exist.
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    return UsageError(f"unknown {kind} {name!r}: {hint}")

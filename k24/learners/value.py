@@ -1,0 +1,426 @@
+"""IQL, VDN and QMIX in one learner: what differs between them is the mixer.
+
+Recurrent action values over whole episodes, double Q-learning, a target network, n-step or λ-returns. Sources: IQL, Tampuu et al. 2017 (arXiv 1511.08779); VDN (arXiv
+1706.05296); QMIX (arXiv 1803.11485); settings and network layout, EPyMARL (arXiv 2006.07869) and Kaleidoscope (arXiv 2410.08540).
+
+Time limits cut episodes but do not end the task: targets bootstrap from the observation after the last step, and ``terminated`` is set only
+where the task itself ended.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from k24.learners.rollout import RandomActor, ValueActor, collect_episodes
+from k24.envs.base import EnvSpec, TeamEnv
+from k24.errors import RunError, UsageError
+from k24.learners.mixers import make_mixer, track
+from k24.learners.replay import Episodes, EpisodeReplay
+from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
+from k24.nets import AgentNet, Weights, detach_weights
+from k24.sharing.base import Events, Sharing
+from k24.sparse.dynamics import clear_moments, drop_state
+from k24.sparse.slots import Phase, SlotWeights
+
+# Observations kept from the first episodes: on them policies are compared, with each other (SND) and with their past selves (KL).
+POOL = 256
+
+
+@dataclass(frozen=True)
+class ValueConfig:
+    """Settings of the value learner."""
+
+    lr: float = 5e-4
+    """Learning rate."""
+    lr_decay_start: float = 0.8
+    """Share of training after which the learning rate falls on a line; 1 for never."""
+    lr_final: float = 0.1
+    """What is left of it at the end, as a share."""
+    gamma: float = 0.99
+    """Discount."""
+    batch_size: int = 32
+    """Episodes per gradient step."""
+    buffer_size: int = 5000
+    """Episodes kept for replay."""
+    env_steps_per_update: int = 100
+    """Environment steps per gradient step."""
+    double_q: bool = True
+    """Choose the best next action by the online net and judge it by the target net."""
+    target_update: int = 200
+    """Gradient steps between copies of the online net to the target net."""
+    target_tau: float = 0.0
+    """If above 0, the target moves by this share at every gradient step instead."""
+    n_step: int = 1
+    """Steps of reward before bootstrapping."""
+    td_lambda: float = 0.0
+    """λ of the return; 0 for n-step targets."""
+    standardise_rewards: bool = True
+    """Divide rewards by their running standard deviation, after taking off their mean."""
+    individual_rewards: bool = False
+    """IQL only: each agent learns from its own reward instead of the team's sum."""
+    grad_clip: float = 10.0
+    """Largest norm of the gradient."""
+    optimiser: Literal["adam", "rmsprop"] = "adam"
+    """Optimiser."""
+    epsilon_start: float = 1.0
+    """Chance of a random action at the start."""
+    epsilon_finish: float = 0.05
+    """Chance of a random action in the end."""
+    epsilon_anneal: int = 50_000
+    """Environment steps over which it falls."""
+    mixer_embed: int = 32
+    """QMIX: width of the mixing layer."""
+    hypernet_hidden: int = 64
+    """QMIX: hidden units of the hypernetworks."""
+
+    def __post_init__(self) -> None:
+        """Checks each value, and those that depend on each other."""
+        if not self.lr > 0 or not 0 <= self.lr_final <= 1 or not 0 <= self.lr_decay_start <= 1:
+            raise UsageError(
+                f"lr (={self.lr}) must be positive, lr_final (={self.lr_final}) and lr_decay_start (={self.lr_decay_start}) in [0, 1]"
+            )
+        if not 0 <= self.gamma <= 1 or not 0 <= self.td_lambda <= 1 or not 0 <= self.target_tau <= 1:
+            raise UsageError(f"gamma (={self.gamma}), td_lambda (={self.td_lambda}) and target_tau (={self.target_tau}) must lie in [0, 1]")
+        if min(self.batch_size, self.n_step, self.target_update, self.env_steps_per_update, self.mixer_embed, self.hypernet_hidden) < 1:
+            raise UsageError("batch_size, n_step, target_update, env_steps_per_update, mixer_embed and hypernet_hidden must be at least 1")
+        if self.buffer_size < self.batch_size:
+            raise UsageError(f"buffer_size (={self.buffer_size}) must be at least batch_size (={self.batch_size})")
+        if self.td_lambda > 0 and self.n_step > 1:
+            raise UsageError(f"td_lambda (={self.td_lambda}) and n_step (={self.n_step}) exclude each other: set one of them")
+        if not (0 <= self.epsilon_finish <= self.epsilon_start <= 1) or self.epsilon_anneal < 1:
+            raise UsageError(
+                f"exploration needs 0 <= epsilon_finish (={self.epsilon_finish}) <= epsilon_start (={self.epsilon_start}) <= 1 and epsilon_anneal >= 1"
+            )
+        if not self.grad_clip > 0:
+            raise UsageError(f"grad_clip {self.grad_clip} must be positive")
+
+
+class RunningMoments:
+    """Mean and variance of all that was seen, batch by batch (Chan et al. 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0.0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Takes a batch of any shape."""
+        values = values.double()
+        n, mean = values.numel(), float(values.mean())
+        delta, total = mean - self.mean, self.count + n
+        self.square += float((values - mean).square().sum()) + delta * delta * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Standard deviation, at least 1e-4 so that a constant can be divided by it."""
+        return max((self.square / self.count) ** 0.5, 1e-4) if self.count > 1 else 1.0
+
+
+class ValueLearner:
+    """Q-learning for teams.
+
+    Args:
+        algo: ``iql``, ``vdn`` or ``qmix``.
+        spec: The environment's sizes.
+        sharing: The parameter-sharing scheme; fresh, it becomes the learner's own.
+        config: Settings.
+        hidden: Hidden units of the agent net.
+        agent_id: Append agent indices to observations; the scheme's preference when None.
+        seed: Seed of initial weights and of all random numbers of the learner.
+        device: Where it learns.
+    """
+
+    def __init__(
+        self,
+        algo: str,
+        spec: EnvSpec,
+        sharing: Sharing,
+        config: ValueConfig | None = None,
+        hidden: int = 64,
+        agent_id: bool | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or ValueConfig()
+        self.device = torch.device(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, sharing, agent_id).to(self.device)
+            mixer = make_mixer(algo, spec.n_agents, spec.state_dim, self.config.mixer_embed, self.config.hypernet_hidden)
+        self.mixer = mixer.to(self.device) if mixer is not None else None
+        self._target: Weights = self.net.snapshot("act")
+        self._target_mixer = copy.deepcopy(self.mixer)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.replay = EpisodeReplay(spec, self.config.buffer_size, self.device)
+        self._rewards = RunningMoments()
+        self.updates = 0
+        self._owed = 0.0
+        self._acting: Weights | None = None
+        self._pool: Tensor | None = None
+        self._pool_policy: Tensor | None = None
+        self._logged: dict[str, float] = {}
+        apart = sharing.trained_apart()
+        ids = {id(p) for p, _ in apart}
+        own = [p for p in self.net.parameters() if id(p) not in ids and p.requires_grad]
+        groups: list[dict] = [{"params": own + (list(self.mixer.parameters()) if self.mixer is not None else []), "scale": 1.0}]
+        for scale in sorted({s for _, s in apart}):
+            groups.append({"params": [p for p, s in apart if s == scale], "scale": scale})
+        if self.config.optimiser == "adam":
+            self.optimiser: torch.optim.Optimizer = torch.optim.Adam(groups, lr=self.config.lr, fused=True)
+        else:
+            self.optimiser = torch.optim.RMSprop(groups, lr=self.config.lr, alpha=0.99, eps=1e-5)
+
+    # Experience -------------------------------------------------------------------------------------------------------------------
+
+    def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
+        """Plays one episode in every parallel environment and remembers them.
+
+        Args:
+            env: The training environments.
+            env_steps: Environment steps done before.
+            seed: Seed of this round.
+        """
+        c = self.config
+        epsilon = max(c.epsilon_finish, c.epsilon_start - (c.epsilon_start - c.epsilon_finish) * env_steps / c.epsilon_anneal)
+        episodes = collect_episodes(env, self.actor(epsilon=epsilon), seed)
+        self.replay.add(episodes)
+        self._rewards.update(self._team_reward(episodes).masked_select(_like(episodes.valid, self._team_reward(episodes))))
+        self._owed += episodes.steps / c.env_steps_per_update
+        if self._pool is None:
+            self._pool = episodes.obs[:, :-1].permute(1, 2, 0, 3)[episodes.valid].flatten(0, 1)[:POOL].clone()
+        return episodes
+
+    def actor(self, phase: Phase = "act", epsilon: float = 0.0) -> ValueActor:
+        """Who acts: greedy with the weights of ``phase``, random with chance ``epsilon``."""
+        if phase == "act":
+            if self._acting is None:
+                self._acting = self.net.snapshot("act")
+            return ValueActor(self.net, self._acting, epsilon, self.generator)
+        return ValueActor(self.net, self.net.snapshot(phase), epsilon, self.generator)
+
+    def random_actor(self) -> RandomActor:
+        """A policy that does not look."""
+        return RandomActor(self.spec.n_actions, torch.Generator(self.device).manual_seed(0))
+
+    # Learning ---------------------------------------------------------------------------------------------------------------------
+
+    def learn(self, progress: float, env_steps: int) -> None:
+        """Takes as many gradient steps as the experience so far is due.
+
+        Args:
+            progress: Share of training done, in [0, 1].
+            env_steps: Environment steps done.
+        """
+        if self.replay.size < self.config.batch_size:
+            self._owed = 0.0
+            return
+        due, self._owed = int(self._owed), self._owed - int(self._owed)
+        for _ in range(due):
+            self.update(self.replay.sample(self.config.batch_size, self.generator), progress, env_steps)
+
+    def update(self, batch: Episodes, progress: float, env_steps: int) -> Tensor:
+        """One gradient step.
+
+        Args:
+            batch: Episodes.
+            progress: Share of training done, in [0, 1].
+            env_steps: Environment steps done.
+
+        Returns:
+            The temporal-difference loss.
+
+        Raises:
+            RunError: The loss is NaN or infinite; parameters are as they were.
+        """
+        self._set_lr(progress)
+        self.sharing.resample(progress, self.generator)
+        weights = self.net.materialise("train")
+        loss = self.td_loss(batch, weights, observe=True)
+        value = float(loss.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            raise RunError(
+                f"loss_td is {value} after {self.updates} updates: lower lr (={self.config.lr}) or grad_clip (={self.config.grad_clip}); "
+                "the last checkpoint is still good"
+            )
+        aux = self.sharing.aux_loss(weights, loss.detach())
+        self.optimiser.zero_grad(set_to_none=True)
+        (loss if aux is None else loss + aux).backward()
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        self.optimiser.step()
+        self.updates += 1
+        self._acting = None
+        self._follow(self.sharing.step(progress, env_steps, self._policy_kl(), self.generator))
+        self._logged = {"loss_td": value, "grad_norm": float(norm)}
+        return loss.detach()
+
+    def td_loss(self, batch: Episodes, weights: Weights, observe: bool = False) -> Tensor:
+        """Mean square of the temporal-difference error over the steps played.
+
+        Args:
+            batch: Episodes.
+            weights: The online net's effective weights.
+            observe: Let the layers take note of their inputs.
+        """
+        c = self.config
+        whole = bool(batch.valid.all())
+        valid = None if whole else batch.valid
+        # An observation counts if a step was played there or led there.
+        seen = None if whole else torch.cat([batch.valid[:1], batch.valid])
+        h0 = self.net.initial_state(batch.count)
+        q, _ = self.net(weights, batch.obs, h0, seen, observe)
+        with torch.no_grad():
+            q_target, _ = self.net(self._target, batch.obs, h0)
+            avail = None if batch.avail is None else batch.avail[:, 1:]
+            v_tp1 = greedy_value((q if c.double_q else q_target)[:, 1:].detach(), q_target[:, 1:], avail)
+            v_tp1 = self._mix(self._target_mixer, v_tp1, batch.state[1:])
+            reward = (self._team_reward(batch) - self._rewards.mean) / self._rewards.std if c.standardise_rewards else self._team_reward(batch)
+            terminated = _like(batch.terminated, reward)
+            last = _like(_last_steps(batch.valid), reward)
+            if c.td_lambda > 0:
+                target = td_lambda_targets(reward, v_tp1, terminated, last, c.gamma, c.td_lambda)
+            else:
+                target = n_step_targets(reward, v_tp1, terminated, last, c.gamma, c.n_step)
+        q_taken = q[:, :-1].gather(-1, batch.actions[..., None]).squeeze(-1)
+        error = self._mix(self.mixer, q_taken, batch.state[:-1]) - target
+        return masked_mse(error, None if valid is None else _like(valid, error))
+
+    def _mix(self, mixer: nn.Module | None, values: Tensor, state: Tensor) -> Tensor:
+        """``[A, T, B]`` to ``[T, B]``, or to ``[T, B, A]`` without a mixer."""
+        by_agent = values.permute(1, 2, 0)
+        return by_agent if mixer is None else mixer(by_agent, state)
+
+    def _team_reward(self, batch: Episodes) -> Tensor:
+        """``[T, B]``, or ``[T, B, A]`` without a mixer."""
+        total = batch.reward.sum(0)
+        if self.mixer is not None:
+            return total
+        if self.config.individual_rewards:
+            return batch.reward.permute(1, 2, 0)
+        return total[..., None].expand(-1, -1, self.spec.n_agents)
+
+    def _set_lr(self, progress: float) -> None:
+        c = self.config
+        fallen = max(0.0, progress - c.lr_decay_start) / (1 - c.lr_decay_start) if c.lr_decay_start < 1 else 0.0
+        factor = 1 + (c.lr_final - 1) * min(fallen, 1.0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = c.lr * group["scale"] * factor
+
+    def _follow(self, events: Events) -> None:
+        clear_moments(self.optimiser, events.resets)
+        if events.retired:
+            drop_state(self.optimiser, events.retired)
+        soft = self.config.target_tau > 0
+        if events.frozen or soft or self.updates % self.config.target_update == 0:
+            rate = self.config.target_tau if soft and not events.frozen else 1.0
+            track(_tensors(self._target), _tensors(self.net.snapshot("act")), rate)
+            if self.mixer is not None and self._target_mixer is not None:
+                track(list(self._target_mixer.parameters()), list(self.mixer.parameters()), rate)
+
+    # What the policies are --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _policies(self, phase: Phase) -> Tensor:
+        """Softmax of the action values on the pool, each agent asked about every observation: ``[A, pool, U]``."""
+        assert self._pool is not None
+        obs = self._pool.expand(self.spec.n_agents, 1, -1, -1)
+        q, _ = self.net(self.net.snapshot(phase), obs, self.net.initial_state(obs.shape[2]))
+        return q[:, 0].softmax(-1)
+
+    def _policy_kl(self) -> float | None:
+        if not self.sharing.wants_policy_kl or self._pool is None or self.updates % self.config.target_update:
+            return None
+        now, before = self._policies("act"), self._pool_policy
+        self._pool_policy = now
+        if before is None:
+            return None
+        return float((now * (now.clamp_min(1e-8).log() - before.clamp_min(1e-8).log())).sum(-1).mean())
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, under public names."""
+        metrics = self._logged | self.sharing.metrics() | {"updates": float(self.updates), "lr": self.optimiser.param_groups[0]["lr"]}
+        if self._pool is not None and self.spec.n_agents > 1:
+            metrics["snd"] = system_neural_diversity(self._policies("deploy"))
+        return metrics
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Everything that is needed to go on bit for bit."""
+        return {
+            "net": self.net.state_dict(),
+            "mixer": None if self.mixer is None else self.mixer.state_dict(),
+            "target": [(w.weight, w.bias) for w in self._target],
+            "target_mixer": None if self._target_mixer is None else self._target_mixer.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sharing": self.sharing.state_dict(),
+            "replay": self.replay.state_dict(),
+            "generator": self.generator.get_state(),
+            "rewards": (self._rewards.count, self._rewards.mean, self._rewards.square),
+            "updates": self.updates,
+            "owed": self._owed,
+            "pool": self._pool,
+            "pool_policy": self._pool_policy,
+            "logged": self._logged,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self.load_policy_state(state)
+        self._target = detach_weights([SlotWeights(w.to(self.device), b.to(self.device)) for w, b in state["target"]])
+        if self._target_mixer is not None:
+            self._target_mixer.load_state_dict(state["target_mixer"])
+        drop_state(self.optimiser, self.sharing.retired())
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.replay.load_state_dict(state["replay"])
+        self.generator.set_state(state["generator"].cpu())
+        self._rewards.count, self._rewards.mean, self._rewards.square = state["rewards"]
+        self.updates, self._owed = int(state["updates"]), float(state["owed"])
+        self._pool, self._pool_policy, self._logged = state["pool"], state["pool_policy"], dict(state["logged"])
+
+    def load_policy_state(self, state: dict) -> None:
+        """Takes the nets and the scheme alone: enough to act and to inspect."""
+        self.net.load_state_dict(state["net"])
+        if self.mixer is not None:
+            self.mixer.load_state_dict(state["mixer"])
+        self.sharing.load_state_dict(state["sharing"])
+        self._acting = None
+
+
+def system_neural_diversity(policies: Tensor) -> float:
+    """System Neural Diversity (Bettini et al. 2023, arXiv 2305.02128): mean distance of two agents' policies on the same observations.
+
+    For discrete actions the distance is the square root of the Jensen–Shannon divergence in base 2, a metric in [0, 1].
+
+    Args:
+        policies: Action probabilities ``[A, observations, U]``.
+    """
+    n = policies.shape[0]
+    i, j = torch.triu_indices(n, n, 1)
+    p, q = policies[i].double(), policies[j].double()
+    mean = (p + q) / 2
+
+    def entropy(x: Tensor) -> Tensor:
+        return -(x * x.clamp_min(1e-300).log2()).sum(-1)
+
+    return float((entropy(mean) - (entropy(p) + entropy(q)) / 2).clamp_min(0).sqrt().mean())
+
+
+def _tensors(weights: Weights) -> list[Tensor]:
+    return [t for w in weights for t in (w.weight, w.bias)]
+
+
+def _like(flags: Tensor, values: Tensor) -> Tensor:
+    """``[T, B]`` flags in the shape of ``[T, B]`` or ``[T, B, A]`` values."""
+    return flags.view(*flags.shape, *[1] * (values.dim() - flags.dim())).expand_as(values)
+
+
+def _last_steps(valid: Tensor) -> Tensor:
+    """Each episode's last played step, bool ``[T, B]``."""
+    following = torch.cat([valid[1:], torch.zeros_like(valid[:1])])
+    return valid & ~following

@@ -1,0 +1,187 @@
+"""K-2:4: one shared weight, a learned N:M mask per slot; and the two controls that show what learning the masks is worth.
+
+``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots use. Both cost what K-2:4 costs to run, so
+that a comparison tells the masks apart from the sparsity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from k24.errors import UsageError
+from k24.sharing.base import Events, Role, Sharing
+from k24.sharing.dense import DenseLinear
+from k24.sparse.diversity import AdaptiveCoefficient, DiversityLoss, diversity_loss
+from k24.sparse.dynamics import reset_layer
+from k24.sparse.layers import MaskConfig, MaskedLinear
+from k24.sparse.metrics import mask_metrics
+from k24.sparse.patterns import PatternSet
+from k24.sparse.scoring import inverse_cdf
+from k24.sparse.slots import SlotWeights
+
+Variant = Literal["learned", "random", "shared"]
+
+
+@dataclass(frozen=True)
+class K24Config(MaskConfig):
+    """Settings of K-2:4 masks and of their training."""
+
+    alpha_lr_scale: float = 60.0
+    """Learning rate of alpha, as a multiple of the learner's: the setting that decides whether masks are learned at all."""
+    mask_rnn: bool = True
+    """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
+    div_coef: float = 0.1
+    """Share of the task loss given to diversity; 0 for none."""
+    diversity: DiversityLoss = "orthogonality"
+    """Which diversity loss."""
+    deque_len: int = 100
+    """Gradient steps averaged by the adaptive coefficient."""
+    reset_interval: int = 10_000
+    """Environment steps between resets; 0 for none."""
+    reset_ratio: float = 0.1
+    """Share of the never-selected entries that a reset draws anew."""
+    adaptive_reset: bool = False
+    """Reset also when the policy has moved by more than kl_threshold since the last check."""
+    kl_threshold: float = 0.1
+    """Mean KL divergence of the policy between two checks that triggers a reset."""
+    freeze_at: float | None = None
+    """Share of training at which masks are fixed for good; that of anneal_end when not given."""
+
+    def __post_init__(self) -> None:
+        """Checks each value."""
+        super().__post_init__()
+        if not self.alpha_lr_scale >= 0:
+            raise UsageError(f"alpha_lr_scale {self.alpha_lr_scale} must not be negative")
+        if not self.div_coef >= 0 or self.deque_len < 1:
+            raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
+        if self.reset_interval < 0 or not 0 <= self.reset_ratio <= 1:
+            raise UsageError(f"reset_interval (={self.reset_interval}) must be >= 0 and reset_ratio (={self.reset_ratio}) in [0, 1]")
+        if not self.kl_threshold > 0:
+            raise UsageError(f"kl_threshold {self.kl_threshold} must be positive")
+        if self.freeze_at is not None and not self.freeze_at > 0:
+            raise UsageError(f"freeze_at {self.freeze_at} must be positive: masks need some training before they are fixed (a value above 1 never freezes)")
+
+    @property
+    def freeze_progress(self) -> float:
+        """Share of training at which masks are fixed."""
+        return self.anneal_end if self.freeze_at is None else self.freeze_at
+
+
+class K24(Sharing):
+    """Learned N:M masks over one shared network.
+
+    Args:
+        n_slots: Agents, or unit types.
+        config: Settings.
+        variant: ``learned``, or one of the controls ``random`` and ``shared``.
+    """
+
+    def __init__(self, n_slots: int, config: K24Config | None = None, variant: Variant = "learned") -> None:
+        super().__init__(n_slots)
+        self.config, self.variant = config or K24Config(), variant
+        # 1/P is where independent masks sit; see AdaptiveCoefficient.
+        floor = 1 / PatternSet.parse(self.config.pattern).n_patterns if self.config.diversity == "orthogonality" else 1e-3
+        self._coefficient = AdaptiveCoefficient(self.config.div_coef, self.config.deque_len, floor)
+        self._last_reset = 0
+        self.wants_policy_kl = self.config.adaptive_reset and variant != "random"
+        self._frozen = variant == "random"
+        self._temperature = self.config.temperature_init
+        self._progress = 0.0
+        self._logged: dict[str, float] = {}
+        self._codes: list[Tensor] | None = None
+
+    def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
+        if role == "recurrent" and not self.config.mask_rnn:
+            return DenseLinear(in_features, out_features, self.n_slots)
+        layer = MaskedLinear(in_features, out_features, 1 if self.variant == "shared" else self.n_slots, config=self.config)
+        if self.variant == "random":
+            legal = layer.patterns.legal(in_features).float()
+            uniform = (legal / legal.sum(0))[:, None, None].expand(-1, *layer.codes.shape)
+            layer.freeze(inverse_cdf(uniform, torch.rand(layer.codes.shape)))
+            layer.alpha.requires_grad_(False)
+        return layer
+
+    @property
+    def masked(self) -> list[MaskedLinear]:
+        """The layers that have masks."""
+        return [layer for layer in self.layers if isinstance(layer, MaskedLinear)]
+
+    def resample(self, progress: float, generator: torch.Generator | None = None) -> None:
+        """Draws one mask per slot and layer."""
+        self._progress, self._temperature = progress, self.config.temperature(progress)
+        for layer in self.masked:
+            layer.resample(progress, generator)
+
+    def aux_loss(self, weights: Sequence[SlotWeights], task_loss: Tensor) -> Tensor | None:
+        """Module C times its adaptive coefficient."""
+        for layer, made in zip(self.layers, weights, strict=True):
+            if isinstance(layer, MaskedLinear) and self.config.reset_interval:
+                layer.count_usage(made)
+        pis = [made.pi for made in weights if made.pi is not None]
+        if self.config.div_coef == 0 or not pis or pis[0].shape[1] < 2:
+            return None
+        loss = diversity_loss(self.config.diversity, pis, self.masked[0].patterns)
+        value = float(loss.detach())
+        coefficient = self._coefficient.update(float(task_loss), value)
+        self._logged = {"div_loss": value, "div_coef": coefficient}
+        return coefficient * loss
+
+    def step(self, progress: float, env_steps: int, policy_kl: float | None = None, generator: torch.Generator | None = None) -> Events:
+        """Resets every so often, or when the policy has moved far; freezes once."""
+        if self._frozen:
+            return Events()
+        if progress >= self.config.freeze_progress:
+            self._frozen = True
+            for layer in self.masked:
+                layer.freeze()
+            return Events(frozen=True, retired=self.retired())
+        every = self.config.reset_interval
+        due = every and env_steps - self._last_reset >= every
+        moved = self.config.adaptive_reset and policy_kl is not None and policy_kl > self.config.kl_threshold
+        if not (due or moved):
+            return Events()
+        # Nothing is drawn anew in the last interval: what is new then cannot be learned before the masks are fixed.
+        interval = (env_steps - self._last_reset) / max(env_steps, 1) * progress
+        self._last_reset = env_steps
+        if progress + interval >= self.config.freeze_progress:
+            return Events()
+        return Events(resets=[reset for layer in self.masked for reset in reset_layer(layer, self.config.reset_ratio, generator)])
+
+    def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
+        """Every alpha that still learns."""
+        return [(layer.alpha, self.config.alpha_lr_scale) for layer in self.masked if layer.alpha.requires_grad]
+
+    def retired(self) -> list[nn.Parameter]:
+        """Every alpha, once masks are frozen."""
+        return [layer.alpha for layer in self.masked] if self._frozen else []
+
+    def metrics(self) -> dict[str, float]:
+        """Diversity, temperature, and all that the masks show."""
+        masks, self._codes = mask_metrics(self.masked, self._codes)
+        return self._logged | {"temperature": self._temperature, "progress": self._progress} | masks
+
+    def state_dict(self) -> dict:
+        """Coefficient history, the time of the last reset, and what the last metrics compared with."""
+        return {
+            "coefficient": self._coefficient.state_dict(),
+            "last_reset": self._last_reset,
+            "frozen": self._frozen,
+            "logged": self._logged,
+            "codes": self._codes,
+            "progress": self._progress,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self._coefficient.load_state_dict(state["coefficient"])
+        self._last_reset, self._frozen, self._logged = int(state["last_reset"]), bool(state["frozen"]), dict(state["logged"])
+        self._codes = state["codes"]
+        self._progress = float(state["progress"])
+        self._temperature = self.config.temperature(self._progress)
+        for layer in self.masked:
+            layer.temperature = self._temperature

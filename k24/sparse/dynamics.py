@@ -1,0 +1,134 @@
+"""How masks move during training: the temperature, resets, the freeze.
+
+Two phases. In the first the temperature falls from ``init`` to 1 and patterns are explored; in the second from 1 to ``minimum`` and they commit. Resets keep
+alternatives alive while they can still matter; the freeze makes training and deployment one function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from k24.errors import UsageError
+
+if TYPE_CHECKING:
+    from k24.sparse.layers import MaskedLinear
+
+# A weight that was kept in fewer than this share of the training steps since the last reset counts as never selected.
+RARELY_KEPT = 0.01
+
+
+@dataclass(frozen=True)
+class TemperatureSchedule:
+    """Temperature as a pure function of training progress.
+
+    Attributes:
+        init: tau before ``start``.
+        minimum: tau after ``end``.
+        start: Share of training where it begins to fall.
+        end: Share of training where it has fallen.
+    """
+
+    init: float = 5.0
+    minimum: float = 0.1
+    start: float = 0.0
+    end: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Checks the order of the ends."""
+        if not 0 < self.minimum <= self.init:
+            raise UsageError(f"temperatures must satisfy 0 < temperature_min (={self.minimum}) <= temperature_init (={self.init})")
+        if not 0 <= self.start < self.end <= 1:
+            raise UsageError(f"annealing must satisfy 0 <= anneal_start (={self.start}) < anneal_end (={self.end}) <= 1")
+
+    def __call__(self, progress: float) -> float:
+        """Returns tau.
+
+        Linear from ``init`` to 1 over the first half of the annealing window and from 1 to ``minimum`` over the second; where 1 does not lie
+        between the ends, one straight line.
+
+        Args:
+            progress: Share of training done; clamped to [0, 1].
+        """
+        x = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
+        if not self.minimum < 1.0 < self.init:
+            return self.init + (self.minimum - self.init) * x
+        if x < 0.5:
+            return self.init + (1.0 - self.init) * 2 * x
+        return 1.0 + (self.minimum - 1.0) * (2 * x - 1)
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Entries of a parameter that were set anew; the optimiser must forget what it knew of them.
+
+    Attributes:
+        parameter: The parameter.
+        entries: bool mask of its shape.
+    """
+
+    parameter: torch.nn.Parameter
+    entries: Tensor
+
+
+@torch.no_grad()
+def reset_layer(layer: MaskedLinear, ratio: float, generator: torch.Generator | None = None, ema_blend: float = 0.5) -> list[Reset]:
+    """Revives what the masks have given up on.
+
+    * The running magnitude moves part-way to the last batch's.
+    * Of the alphas whose weight was (almost) never kept by their slot since the last reset, a share ``ratio`` is drawn anew.
+    * Of the weights that (almost) no slot kept, a share ``ratio`` is drawn anew from the initial distribution.
+
+    Args:
+        layer: A layer that is not frozen.
+        ratio: Share of the candidates to reset, in [0, 1].
+        generator: Source of the random numbers.
+        ema_blend: How far the running magnitude moves, 0 not at all, 1 all the way. Only plain running means move; a bias-corrected one
+            already follows the batches from the start.
+
+    Returns:
+        What was reset, for :func:`clear_moments`.
+    """
+    if layer.frozen or int(layer.usage_steps) == 0:
+        return []
+    if not layer.config.ema_bias_correction:
+        layer.ema.lerp_(layer.last_magnitude, ema_blend)
+    rate = layer.usage / layer.usage_steps
+    layer.usage.zero_()
+    layer.usage_steps.zero_()
+
+    def chosen(candidates: Tensor) -> Tensor:
+        return candidates & (torch.rand(candidates.shape, generator=generator, device=candidates.device) < ratio)
+
+    alphas = chosen(rate < RARELY_KEPT)
+    fresh = torch.empty_like(layer.alpha).normal_(generator=generator) * layer.config.hetero_init_scale
+    layer.alpha.copy_(torch.where(alphas, fresh, layer.alpha))
+    weights = chosen((rate < RARELY_KEPT).all(0))
+    bound = layer.in_features**-0.5
+    fresh = torch.empty_like(layer.weight).uniform_(-bound, bound, generator=generator)
+    layer.weight.copy_(torch.where(weights, fresh, layer.weight))
+    return [Reset(layer.alpha, alphas), Reset(layer.weight, weights)]
+
+
+@torch.no_grad()
+def clear_moments(optimizer: torch.optim.Optimizer, resets: list[Reset]) -> None:
+    """Zeroes the optimiser's moments of reset entries, so that old gradients do not move new values."""
+    for reset in resets:
+        for value in optimizer.state.get(reset.parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == reset.entries.shape:
+                value.masked_fill_(reset.entries, 0.0)
+
+
+@torch.no_grad()
+def drop_state(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> None:
+    """Takes parameters that will never move again out of an optimiser, with their moments."""
+    gone = {id(p) for p in parameters}
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]

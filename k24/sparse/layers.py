@@ -1,0 +1,332 @@
+"""The masked linear layer: one shared weight, one N:M mask per slot.
+
+``MaskedLinear`` takes ``[A, N, features]``, one block of rows per slot, so that a layer is one batched matrix product. Rows of mixed slots, ``[N,
+features]`` with a slot index each, are sorted into segments first; no weight is ever gathered per row.
+
+Life of a mask, as with dropout or batch normalisation:
+
+* ``layer.train()``: the mask of the present step. ``resample(progress)`` draws it, and it holds until the next call. The forward pass also
+  updates the running mean of the inputs' magnitude.
+* ``layer.eval()``: the most likely pattern of every group.
+* after ``freeze()``: the pattern that was most likely then, for good, in both modes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k24.errors import UsageError
+from k24.sparse.dynamics import TemperatureSchedule
+from k24.sparse.patterns import PatternSet
+from k24.sparse.scoring import Logits, MaskForward, Normalise, TemperatureOn, choose, draw_noise, first_argmax, mask_of_patterns, pattern_logits
+from k24.sparse.slots import Phase, SlotWeights, apply_slots, by_segments
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How masks are scored and chosen."""
+
+    pattern: str = "2:4"
+    """Weights kept of every so many consecutive ones, N:M."""
+    forward: MaskForward = "expected"
+    """What a training step multiplies with: the expected mask, one drawn by inverse CDF, or one drawn with Gumbel noise."""
+    logits: Logits = "log"
+    """Pattern logits: sum of log scores (k-subset distribution) or sum of scores."""
+    normalise: Normalise = "none"
+    """Normalisation of sum logits."""
+    temperature_on: TemperatureOn = "logits"
+    """Whether the temperature divides the logits, or the noise too (then annealing does not calm the masks)."""
+    kappa: float = 1.0
+    """Factor on the logits."""
+    hetero_init_scale: float = 0.01
+    """Standard deviation of alpha at the start."""
+    ema_momentum: float = 0.99
+    """Momentum of the running input magnitude."""
+    ema_norm: Literal["mean", "rms"] = "mean"
+    """Magnitude of an input over a batch: mean of absolute values, or root mean square as in Wanda."""
+    ema_bias_correction: bool = False
+    """Start the running mean from the first batch instead of from one."""
+    ema_every: int = 1
+    """Update the running mean every so many training forward passes."""
+    temperature_init: float = 5.0
+    """Temperature at the start."""
+    temperature_min: float = 0.1
+    """Temperature at the end."""
+    anneal_start: float = 0.0
+    """Share of training after which the temperature begins to fall."""
+    anneal_end: float = 0.8
+    """Share of training after which it stays."""
+
+    def __post_init__(self) -> None:
+        """Checks each value."""
+        PatternSet.parse(self.pattern)
+        if not 0 <= self.ema_momentum < 1:
+            raise UsageError(f"ema_momentum {self.ema_momentum} must lie in [0, 1): 0.99 is usual")
+        if self.ema_every < 1:
+            raise UsageError(f"ema_every {self.ema_every} must be at least 1")
+        if not self.kappa > 0:
+            raise UsageError(f"kappa {self.kappa} must be positive")
+        if self.hetero_init_scale < 0:
+            raise UsageError(f"hetero_init_scale {self.hetero_init_scale} must not be negative")
+        _ = self.temperature
+
+    @property
+    def temperature(self) -> TemperatureSchedule:
+        """The schedule of tau over training progress."""
+        return TemperatureSchedule(self.temperature_init, self.temperature_min, self.anneal_start, self.anneal_end)
+
+
+class MaskedLinear(nn.Module):
+    """A linear layer with one shared weight and a learned N:M mask per slot.
+
+    Args:
+        in_features: Inputs (I); any number, padding is internal.
+        out_features: Outputs (O).
+        n_slots: Agents, or unit types (A).
+        pattern: N:M; overrides that of ``config`` when given.
+        bias: Whether there is a bias, dense and shared by the slots.
+        config: How masks are scored and chosen.
+
+    Attributes:
+        weight: ``[O, I]``, shared.
+        bias: ``[O]``, shared, or None.
+        alpha: ``[A, O, I]``, each slot's heterogeneity; wants an optimiser group with a learning rate of its own.
+        ema: ``[A, I]``, each slot's mean input magnitude.
+        codes: uint8 ``[A, O, G]``, patterns once frozen.
+        usage: ``[A, O, I]``, how often each weight was kept since the last reset (sum over training steps).
+
+    Example:
+        >>> layer = MaskedLinear(16, 8, n_slots=3)
+        >>> layer.resample(progress=0.0)
+        >>> layer(torch.randn(3, 32, 16)).shape
+        torch.Size([3, 32, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        n_slots: int,
+        pattern: str | PatternSet | None = None,
+        bias: bool = True,
+        config: MaskConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or MaskConfig()
+        self.patterns = PatternSet.parse(pattern or self.config.pattern)
+        for name, value in (("in_features", in_features), ("out_features", out_features), ("n_slots", n_slots)):
+            if value < 1:
+                raise UsageError(f"{name} (={value}) must be at least 1")
+        if in_features < self.patterns.n:
+            raise UsageError(f"in_features (={in_features}) is below the {self.patterns.n} weights that {self.patterns} keeps of each group: use more inputs")
+        self.in_features, self.out_features, self.n_slots = in_features, out_features, n_slots
+        dense = nn.Linear(in_features, out_features, bias=bias)
+        self.weight, self.bias = dense.weight, dense.bias
+        n_groups = self.patterns.groups(in_features)
+        self.alpha = nn.Parameter(torch.randn(n_slots, out_features, in_features) * self.config.hetero_init_scale)
+        start = torch.zeros if self.config.ema_bias_correction else torch.ones
+        self.ema: Tensor
+        self.last_magnitude: Tensor
+        self.seen: Tensor
+        self.codes: Tensor
+        self.frozen: Tensor
+        self.usage: Tensor
+        self.usage_steps: Tensor
+        self.register_buffer("ema", start(n_slots, in_features))
+        self.register_buffer("last_magnitude", torch.ones(n_slots, in_features))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("codes", torch.zeros(n_slots, out_features, n_groups, dtype=torch.uint8))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("usage", torch.zeros(n_slots, out_features, in_features))
+        self.register_buffer("usage_steps", torch.zeros((), dtype=torch.int64))
+        self.free_groups = self.patterns.free_groups(in_features)
+        self.temperature = self.config.temperature_init
+        self._noise: Tensor | None = None
+        self._drawn: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        """Sizes for ``print(layer)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, n_slots={self.n_slots}, pattern={self.patterns}"
+
+    # Masks ------------------------------------------------------------------------------------------------------------------------
+
+    def resample(self, progress: float, generator: torch.Generator | None = None) -> None:
+        """Draws the masks of this step, one per slot.
+
+        Args:
+            progress: Share of training done, in [0, 1]; sets the temperature.
+            generator: Source of the random numbers; torch's own when None.
+        """
+        self.temperature = self.config.temperature(progress)
+        if not self.frozen:
+            self._noise = draw_noise(self.codes.shape, self.config.forward, self.patterns.n_patterns, generator, self.weight.device)
+            self._drawn = None
+
+    def running_magnitude(self) -> Tensor:
+        """EMA of the inputs' magnitude ``[A, I]``, corrected for its start if so configured."""
+        if not self.config.ema_bias_correction:
+            return self.ema
+        updates = int(self.seen) // self.config.ema_every
+        return self.ema / (1 - self.config.ema_momentum**updates) if updates else torch.ones_like(self.ema)
+
+    def logits(self) -> Tensor:
+        """Pattern logits ``[P, A, O, G]`` (module B)."""
+        return pattern_logits(self.weight, self.running_magnitude(), self.alpha, self.patterns, self.config.logits, self.config.normalise)
+
+    def probabilities(self) -> Tensor:
+        """Pattern distribution ``pi [P, A, O, G]`` at the present temperature, with its gradient to alpha.
+
+        After a freeze it is one-hot at the frozen patterns, without gradient.
+        """
+        if self.frozen:
+            return F.one_hot(self.codes.long(), self.patterns.n_patterns).movedim(-1, 0).to(self.weight.dtype)
+        return (self.logits() * (self.config.kappa / self.temperature)).softmax(0)
+
+    def best_codes(self) -> Tensor:
+        """The most likely pattern of each group, uint8 ``[A, O, G]``."""
+        if self.frozen:
+            return self.codes
+        with torch.no_grad():
+            return first_argmax(self.logits())
+
+    def materialise(self, phase: Phase = "train") -> SlotWeights:
+        """Each slot's masked weight, made once and used for all rows of a step.
+
+        Args:
+            phase: Which mask: this training step's (``train``), what behaviour and targets use (``act``: the expected mask if that is what trains, else
+                the most likely one), a fresh draw (``sampled``), or the most likely one (``deploy``). After a freeze they are all the same.
+        """
+        mask, pi = self._mask(phase)
+        bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
+        return SlotWeights(self.weight * mask, bias[None], pi if pi is None else pi[..., : self.free_groups])
+
+    def mask(self) -> Tensor:
+        """The mask in force ``[A, O, I]``: this step's in training mode, the most likely one in evaluation mode."""
+        return self._mask("train" if self.training else "deploy")[0]
+
+    def _mask(self, phase: Phase) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        if self.frozen or phase == "deploy" or (phase == "act" and config.forward != "expected"):
+            return self.patterns.mask(self.best_codes(), self.in_features, self.weight.dtype), None
+        if phase == "sampled":
+            noise = draw_noise(self.codes.shape, "sample", self.patterns.n_patterns, None, self.weight.device)
+            pi, q, codes = choose(self.logits(), self.temperature, noise, "sample", config.kappa)
+            return mask_of_patterns(q, codes, self.patterns, self.in_features), pi
+        if self._noise is None and config.forward != "expected":
+            raise UsageError("MaskedLinear has no mask for this step: call resample(progress) before the first training forward pass")
+        pi, q, codes = choose(self.logits(), self.temperature, self._noise, config.forward, config.kappa, config.temperature_on)
+        # The first pass after resample fixes the draw, so that several passes in one step see one mask although the EMA moves between them.
+        if codes is not None:
+            self._drawn = codes if self._drawn is None else self._drawn
+        mask = mask_of_patterns(q, self._drawn if codes is not None else None, self.patterns, self.in_features)
+        return mask, pi
+
+    @torch.no_grad()
+    def freeze(self, codes: Tensor | None = None) -> None:
+        """Fixes every group for good; alpha gets no gradient from then on.
+
+        Args:
+            codes: uint8 ``[A, O, G]``; each group's most likely pattern when None.
+        """
+        self.codes.copy_(self.best_codes() if codes is None else codes)
+        self.frozen.fill_(True)
+        self._noise = self._drawn = None
+
+    # Statistics -------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, x: Tensor, valid: Tensor | None = None) -> None:
+        """Updates the running input magnitude.
+
+        Args:
+            x: ``[A, N, I]``.
+            valid: bool ``[A, N]`` or ``[N]``, rows that count (no padding, nobody dead); None for all. A slot without valid rows keeps its value.
+        """
+        if self.frozen:
+            return
+        self.seen += 1
+        if int(self.seen) % self.config.ema_every:
+            return
+        if self.n_slots == 1:
+            x, valid = x.reshape(1, -1, self.in_features), valid if valid is None else valid.expand(x.shape[:2]).reshape(1, -1)
+        order = 2 if self.config.ema_norm == "rms" else 1
+        if valid is None:
+            total = torch.linalg.vector_norm(x, ord=order, dim=1)
+            now = total / (x.shape[1] ** (1 / order))
+            present = None
+        else:
+            rows = valid.expand(x.shape[:2])
+            count = rows.sum(1, keepdim=True)
+            total = torch.linalg.vector_norm(torch.where(rows[..., None], x, 0.0), ord=order, dim=1)
+            now = total / count.clamp_min(1) ** (1 / order)
+            present = count > 0
+        if present is not None:
+            now = torch.where(present, now, self.running_magnitude())
+        self.last_magnitude.copy_(now)
+        self.ema.lerp_(now, 1 - self.config.ema_momentum)
+
+    @torch.no_grad()
+    def count_usage(self, weights: SlotWeights) -> None:
+        """Adds this step's expected mask to the tally that resets go by."""
+        if weights.pi is None:
+            return
+        table = self.patterns.table.to(weights.pi)
+        kept = (weights.pi.detach().reshape(self.patterns.n_patterns, -1).t() @ table).view(self.n_slots, self.out_features, -1)
+        # Columns of a group without a choice count as always kept: there is nothing to revive.
+        chosen = min(kept.shape[-1], self.in_features)
+        self.usage[..., :chosen] += kept[..., :chosen]
+        self.usage[..., chosen:] += 1
+        self.usage_steps += 1
+
+    # Forward ----------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, slots: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Applies each slot's masked weight to its rows.
+
+        Args:
+            x: ``[A, N, I]``, or ``[N, I]`` with ``slots``.
+            slots: int64 ``[N]``, each row's slot; -1 for a row of none (its output is zero).
+            valid: bool ``[A, N]``, rows that count for the running magnitude; only without ``slots``.
+
+        Returns:
+            ``[A, N, O]``, or ``[N, O]`` with ``slots``.
+
+        Raises:
+            UsageError: A shape is off.
+        """
+        if x.shape[-1] != self.in_features:
+            raise UsageError(f"MaskedLinear takes {self.in_features} features, got an input of shape {tuple(x.shape)}")
+        weight, bias = self.materialise("train" if self.training else "deploy")[:2]
+        if slots is not None:
+            return self._forward_rows(x, slots, weight, bias)
+        if x.dim() != 3 or x.shape[0] != self.n_slots:
+            raise UsageError(f"MaskedLinear takes [n_slots={self.n_slots}, rows, features], got {tuple(x.shape)}: pass slots= for rows of mixed slots")
+        if self.training and torch.is_grad_enabled():
+            self.observe(x.detach(), valid)
+        return apply_slots(x, weight, bias)
+
+    def _forward_rows(self, x: Tensor, slots: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if x.dim() != 2:
+            raise UsageError(f"with slots=, MaskedLinear takes [rows, features], got {tuple(x.shape)}")
+        if self.training and torch.is_grad_enabled() and not self.frozen:
+            owned = slots >= 0
+            one_hot = F.one_hot(slots.clamp_min(0), self.n_slots).t().bool() & owned
+            self._observe_rows(x.detach(), one_hot)
+        return by_segments(x, slots, self.n_slots, lambda slot, rows: F.linear(rows, weight[slot], bias[0]))
+
+    def _observe_rows(self, x: Tensor, member: Tensor) -> None:
+        """Running magnitude from rows of mixed slots: one product per call, no copy of x per slot."""
+        self.seen += 1
+        if int(self.seen) % self.config.ema_every:
+            return
+        rms = self.config.ema_norm == "rms"
+        count = member.sum(1, keepdim=True)
+        mean = member.to(x.dtype) @ (x.square() if rms else x.abs()) / count.clamp_min(1)
+        now = torch.where(count > 0, mean.sqrt() if rms else mean, self.running_magnitude())
+        self.last_magnitude.copy_(now)
+        self.ema.lerp_(now, 1 - self.config.ema_momentum)

@@ -1,0 +1,79 @@
+"""Products over slots: one block of rows per slot, or rows of mixed slots.
+
+Shapes: ``A`` slots, ``N`` rows, ``I`` inputs, ``O`` outputs. No weight is ever gathered per row: ``[N, O, I]`` would be most of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from k24.errors import UsageError
+
+
+# Which of its weights a layer is asked for: those of this training step, of behaviour and targets, of a fresh draw, or of deployment.
+Phase = Literal["train", "act", "sampled", "deploy"]
+
+
+class SlotWeights(NamedTuple):
+    """What a layer multiplies with, made once per step and used for all its rows.
+
+    Attributes:
+        weight: ``[A, O, I]``, or ``[1, O, I]`` where all slots share it.
+        bias: ``[A, O]`` or ``[1, O]``.
+        pi: Pattern distribution ``[P, A, O, G]`` that the diversity loss reads; None for layers without one.
+        extra: What else a scheme's loss needs of this step; None for most.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    pi: Tensor | None = None
+    extra: Tensor | None = None
+
+
+def apply_slots(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``y[a] = x[a] @ W[a].T + b[a]``.
+
+    Args:
+        x: ``[A, N, I]``.
+        weight: ``[A, O, I]``, or ``[1, O, I]`` for one weight for all slots.
+        bias: ``[A, O]`` or ``[1, O]``.
+
+    Returns:
+        ``[A, N, O]``.
+    """
+    if weight.shape[0] == 1 and x.shape[0] > 1:
+        y = F.linear(x, weight[0])
+        return y + bias[:, None] if bias.shape[0] > 1 else y.add_(bias[0])
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+def by_segments(x: Tensor, slots: Tensor, n_slots: int, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Runs rows of mixed slots, slot by slot.
+
+    Args:
+        x: ``[N, ...]``.
+        slots: int64 ``[N]``; a negative slot marks a row that belongs to none, whose result is zero.
+        n_slots: A.
+        function: Takes a slot and its rows, returns ``[rows, O]``.
+
+    Returns:
+        ``[N, O]`` in the order of ``x``.
+    """
+    if slots.shape != x.shape[:1] or slots.dtype != torch.int64:
+        raise UsageError(f"slots must be int64 of shape {tuple(x.shape[:1])}, got {slots.dtype} {tuple(slots.shape)}")
+    if slots.numel() and int(slots.max()) >= n_slots:
+        raise UsageError(f"slot {int(slots.max())} does not exist: this layer has the slots 0..{n_slots - 1}")
+    order = slots.argsort(stable=True)
+    counts = torch.bincount(slots.clamp_min(-1) + 1, minlength=n_slots + 1).tolist()
+    sorted_x = x.index_select(0, order)
+    parts, start = [], counts[0]
+    for slot in range(n_slots):
+        parts.append(function(slot, sorted_x[start : start + counts[slot + 1]]))
+        start += counts[slot + 1]
+    result = torch.cat([parts[0].new_zeros(counts[0], *parts[0].shape[1:]), *parts])
+    return torch.empty_like(result).index_copy(0, order, result)
