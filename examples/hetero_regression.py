@@ -1,12 +1,12 @@
 """Can one shared network be many? The smallest test of a sharing scheme.
 
-Every agent sees the SAME inputs and must match its own random two-layer teacher (16 → 32 → 8). A network that cannot tell its agents apart can only learn the
-mean of the teachers. The student is 16 → H → H → 8, its layers come from the sharing scheme, and it gets no agent index (``fups_id``
-here means one bias vector per agent and layer, the strongest form of it). Reported is the mean squared error over the variance of the targets, with
-the masks that would be deployed.
+Every agent sees the SAME inputs and must match its own random two-layer teacher (16 → 32 → 8). A network that cannot
+tell its agents apart can only learn the mean of the teachers. The student is 16 → H → H → 8, its layers come from the
+sharing scheme, and it gets no agent index (``fups_id`` here means one bias vector per agent and layer, the strongest
+form of it). Reported is the mean squared error over the variance of the targets, with the masks that would be deployed.
 
-    python examples/hetero_regression.py --sharing k24 --agents 8
-    python examples/hetero_regression.py --logits sum --normalise none --alpha-lr-scale 1 --forward gumbel --temperature-on all   # the first formulation
+    python examples/hetero_regression.py --sharing k24 --agents 8 python examples/hetero_regression.py --logits sum
+    --normalise none --alpha-lr-scale 1 --forward gumbel --temperature-on all   # the first formulation
 """
 
 from __future__ import annotations
@@ -136,9 +136,15 @@ def main() -> None:
     for seed in range(options.seeds):
         start = time.perf_counter()
         results.append(run(options, seed))
-        print(f"seed {seed}: nmse {results[-1]['nmse']:.4f}  mask distance {results[-1]['mask_hamming']:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"seed {seed}: nmse {results[-1]['nmse']:.4f}  mask distance {results[-1]['mask_hamming']:.3f} "
+            f"{time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     mean = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
-    print(json.dumps({**mean, "nmse_by_seed": [round(r["nmse"], 5) for r in results], "sharing": options.sharing, "hidden": options.hidden}))
+    print(
+        json.dumps({**mean, "nmse_by_seed": [round(r["nmse"], 5) for r in results], "sharing": options.sharing, "hidden": options.hidden})
+    )
 
 
 if __name__ == "__main__":

@@ -8,4 +8,14 @@ from k24.sparse import MaskConfig, MaskedGRU, MaskedLinear, PatternSet, pattern_
 
 __version__ = "0.1.0"
 
-__all__ = ["K24Error", "MaskConfig", "MaskedGRU", "MaskedLinear", "PatternSet", "RunError", "UsageError", "__version__", "pattern_orthogonality"]
+__all__ = [
+    "K24Error",
+    "MaskConfig",
+    "MaskedGRU",
+    "MaskedLinear",
+    "PatternSet",
+    "RunError",
+    "UsageError",
+    "__version__",
+    "pattern_orthogonality",
+]

@@ -1,8 +1,8 @@
 """The errors a user can meet.
 
-Each message names the value, what was expected and the remedy, and fits on one line: the command line prints it as it is. ``UsageError`` means
-that nothing was started (exit status 2); ``RunError`` means that something failed while running (exit status 1) and that what was
-saved before is still good.
+Each message names the value, what was expected and the remedy, and fits on one line: the command line prints it as it
+is. ``UsageError`` means that nothing was started (exit status 2); ``RunError`` means that something failed while
+running (exit status 1) and that what was saved before is still good.
 """
 
 from __future__ import annotations

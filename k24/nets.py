@@ -1,7 +1,8 @@
 """Networks built from a sharing scheme's layers.
 
-Shapes: ``A`` agents, ``T`` steps, ``N`` rows (environments or episodes), ``D`` observation features, ``U`` actions, ``H`` hidden units. Time is folded into rows wherever
-nothing is recurrent: the fully connected layers see all ``T·N`` rows at once, and just the GRU's recurrent product loops.
+Shapes: ``A`` agents, ``T`` steps, ``N`` rows (environments or episodes), ``D`` observation features, ``U`` actions,
+``H`` hidden units. Time is folded into rows wherever nothing is recurrent: the fully connected layers see all ``T·N``
+rows at once, and just the GRU's recurrent product loops.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class AgentNet(nn.Module):
         """Effective weights without graph: for acting, evaluation and targets."""
         return detach_weights(self.materialise(phase))
 
-    def forward(self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None = None, observe: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None = None, observe: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Runs a sequence.
 
         Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ SUITES = {
     "toy": Suite("k24.envs.toy", None, None, "games of a few steps with a known best return, to test learners"),
     "mpe": Suite("k24.envs.vmas", "vmas", "mpe", "multi-agent particle environments, simulated in batches by VMAS"),
     "vmas": Suite("k24.envs.vmas", "vmas", "vmas", "VMAS's own scenarios, and blind particle spread"),
-    "mpe2": Suite("k24.envs.mpe2", "mpe2", "mpe2", "Farama's multi-agent particle environments, the reference; slower"),
+    "mpe2": Suite("k24.envs.mpe2", "mpe2", "mpe", "Farama's multi-agent particle environments, the reference; slower"),
 }
 
 
@@ -91,7 +92,11 @@ def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", **kwarg
     if not _installed(suite):
         raise UsageError(f"{task} needs the package {suite.package!r}, which is not installed: {_install(suite)}")
     try:
-        return module.make(task, n_envs, device, **kwargs)
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"{task}: unknown device {device!r}: expected cpu, cuda or cuda:<index>") from error
+    try:
+        return module.make(task, n_envs, where, **kwargs)
     except ImportError as error:
         raise UsageError(f"{task} needs the package {suite.package!r}, which does not import ({error}): {_install(suite)}") from error
 
@@ -106,7 +111,7 @@ def list_tasks() -> list[TaskRow]:
     return rows
 
 
-def _tasks_of(suite_name: str, module) -> list[str]:
+def _tasks_of(suite_name: str, module: ModuleType) -> list[str]:
     """The tasks of one suite; two suites may share a module."""
     return [task for task in module.TASKS if task.startswith(f"{suite_name}/")]
 

@@ -50,7 +50,8 @@ class Observation:
     Attributes:
         obs: float32 ``[A, E, D]``.
         state: float32 ``[E, S]``.
-        avail: bool ``[A, E, U]``, the actions each agent may take; None when all of them always are.
+        avail: bool ``[A, E, U]``, the actions each agent may take, at least one; None when all of them always are. An environment
+            gives it in every observation or in none.
     """
 
     obs: Tensor
@@ -67,7 +68,7 @@ class Step:
         current: The observation to act on next: that of the new episode where one ended.
         reward: float32 ``[A, E]``.
         terminated: bool ``[E]``, the task ended.
-        truncated: bool ``[E]``, a time limit cut the episode.
+        truncated: bool ``[E]``, a time limit cut the episode, at ``EnvSpec.episode_limit`` steps. Never where ``terminated`` is.
     """
 
     after: Observation

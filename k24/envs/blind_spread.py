@@ -19,6 +19,8 @@ from vmas.simulator.core import Agent, Landmark, Sphere, World
 from vmas.simulator.scenario import BaseScenario
 from vmas.simulator.utils import ScenarioUtils
 
+from k24.errors import UsageError
+
 _PALETTE = [
     (0.84, 0.15, 0.16), (0.12, 0.47, 0.71), (0.17, 0.63, 0.17), (1.00, 0.50, 0.05),
     (0.58, 0.40, 0.74), (0.55, 0.34, 0.29), (0.89, 0.47, 0.76), (0.50, 0.50, 0.50),
@@ -47,7 +49,7 @@ class Scenario(BaseScenario):
         colours: The hidden colour of each agent.
     """
 
-    def make_world(self, batch_dim: int, device: torch.device, **kwargs: object) -> World:
+    def make_world(self, batch_dim: int, device: torch.device, **kwargs: int) -> World:
         """Builds the world.
 
         Args:
@@ -55,12 +57,12 @@ class Scenario(BaseScenario):
             device: Where tensors live.
             **kwargs: ``n_agents`` (8), ``n_colours`` (4) and ``colour_seed`` (0).
         """
-        n_agents = int(kwargs.pop("n_agents", 8))
-        n_colours = int(kwargs.pop("n_colours", 4))
-        colour_seed = int(kwargs.pop("colour_seed", 0))
+        n_agents = kwargs.pop("n_agents", 8)
+        n_colours = kwargs.pop("n_colours", 4)
+        colour_seed = kwargs.pop("colour_seed", 0)
         ScenarioUtils.check_kwargs_consumed(kwargs)
         if not 1 <= n_colours <= n_agents:
-            raise ValueError(f"blind_spread: n_colours must be from 1 to n_agents (={n_agents}), got {n_colours}")
+            raise UsageError(f"vmas/blind_spread: n_colours must be from 1 to n_agents (={n_agents}), got {n_colours}")
         self.colours = assign_colours(n_agents, n_colours, colour_seed)
         world = World(batch_dim, device)
         for i, colour in enumerate(self.colours):

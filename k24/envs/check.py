@@ -7,10 +7,12 @@ looks for each of these by name. It can't see everything: it knows neither the g
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | 
         env: An environment, or a function that makes one. With a function, two are made and must not influence each other, and
             they are closed at the end.
         seed: Seed of the episodes and of the random actions.
-        steps: Steps per play; three plays are made, four with a function. By default two episodes and a step, at most 250.
+        steps: Steps per play; three plays are made, four with a function. By default one and a half episodes, at most 250.
 
     Returns:
         The names of the checks that passed. Those that need what did not come up (say, an end of an episode) are left out.
@@ -69,9 +71,11 @@ def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | 
         if make is not None:
             _same_globals(subject, "__init__", before)
         passed = _check_spec(subject)
-        steps = steps or min(2 * subject.spec.episode_limit + 1, _LONGEST_PLAY)
+        # Into the middle of the second episode: the next play then starts from a world that a reset must really clear.
+        limit = subject.spec.episode_limit
+        steps = steps or min(limit + limit // 2 + 1, _LONGEST_PLAY)
         play = _play(subject, seed, steps)
-        passed += ["shapes and types", "finite values", "available actions", "global generators undisturbed", "returned tensors stay as they were"]
+        passed += ["shapes and types", "finite values", "available actions", "global generators undisturbed", "returned tensors stay"]
         passed += _check_ends(subject, play)
         passed += _check_seeds(subject, play, seed)
         if make is not None:
@@ -100,8 +104,8 @@ def _play(env: TeamEnv, seed: int, steps: int) -> _Play:
     obs = env.reset(seed)
     _same_globals(env, "reset", before)
     _check_observation(env, "reset", "the result", obs)
-    handed = [(obs, _copy(obs))]
-    play = _Play(handed[0][1])
+    play = _Play(_copy(obs))
+    handed: list[tuple[object, object]] = [(obs, play.first)]
     for _ in range(steps):
         actions = _choose(env, obs, chooser)
         before = _globals(env)
@@ -110,14 +114,15 @@ def _play(env: TeamEnv, seed: int, steps: int) -> _Play:
         _check_step(env, step)
         if (step.after.avail is None) != (obs.avail is None) or (step.current.avail is None) != (obs.avail is None):
             _fail(env, "step", "avail given always or never", "both")
-        handed.append((step, _copy(step)))
         play.actions.append(actions)
-        play.steps.append(handed[-1][1])
+        play.steps.append(_copy(step))
+        handed.append((step, play.steps[-1]))
         obs = step.current
     for index, (original, copy) in enumerate(handed):
         if not _same(original, copy):
             method = "step" if index else "reset"
-            _fail(env, method, "tensors that stay as they were returned", f"those of call {index} overwritten by later steps; return copies")
+            got = f"those of call {index} overwritten by later steps; return copies"
+            _fail(env, method, "tensors that stay as they were returned", got)
     return play
 
 
@@ -133,7 +138,7 @@ def _check_spec(env: TeamEnv) -> list[str]:
     spec = getattr(env, "spec", None)
     if not isinstance(spec, EnvSpec):
         _fail(env, "spec", "an EnvSpec", type(spec).__name__)
-    for name, value in [(one.name, getattr(spec, one.name)) for one in fields(spec)] + [("n_envs", getattr(env, "n_envs", None))]:
+    for name, value in {**vars(spec), "n_envs": getattr(env, "n_envs", None)}.items():
         if not isinstance(value, int) or value < 1:
             _fail(env, name, "a whole number of at least 1", repr(value))
     if not isinstance(getattr(env, "device", None), torch.device):
@@ -152,7 +157,8 @@ def _check_observation(env: TeamEnv, method: str, name: str, observation: Observ
         _check_tensor(env, method, f"{name}.avail", observation.avail, (spec.n_agents, env.n_envs, spec.n_actions), torch.bool)
         stuck = (~observation.avail.any(dim=-1)).nonzero().tolist()
         if stuck:
-            _fail(env, method, f"{name}.avail with at least one action for each agent", f"none for agent {stuck[0][0]} in environment {stuck[0][1]}")
+            got = f"none for agent {stuck[0][0]} in environment {stuck[0][1]}"
+            _fail(env, method, f"{name}.avail with at least one action for each agent", got)
 
 
 def _check_step(env: TeamEnv, step: Step) -> None:
@@ -199,10 +205,11 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
         ended = step.terminated | step.truncated
         late = ((clock >= limit) & ~ended).nonzero().flatten().tolist()
         if late:
-            _fail(env, "step", f"every episode to end within episode_limit (={limit}) steps", f"environment {late[0]} goes on after {int(clock[late[0]])}")
+            got = f"environment {late[0]} goes on after {int(clock[late[0]])}"
+            _fail(env, "step", f"every episode to end within episode_limit (={limit}) steps", got)
         early = (step.truncated & (clock < limit)).nonzero().flatten().tolist()
         if early:
-            got = f"in environment {early[0]} after {int(clock[early[0]])} steps of its episode; was its clock reset, or did the task itself end?"
+            got = f"in environment {early[0]} after {int(clock[early[0]])} steps of its episode; clock not reset, or did the task end?"
             _fail(env, "step", f"truncated at the episode_limit (={limit}) only", got)
         same = ~(_differs(step.after.obs, step.current.obs, 1) | _differs(step.after.state, step.current.state, 0))
         restarts += int(ended.sum())
@@ -230,15 +237,17 @@ def _check_seeds(env: TeamEnv, play: _Play, seed: int) -> list[str]:
     _scramble_globals(seed + 1)
     again = _play(env, seed, len(play.steps))
     if not _same(play.first, again.first):
-        _fail(env, "reset", f"the same first observation for the same seed (={seed})", "another; does it draw from a global generator, or keep something?")
-    for index, (one, other) in enumerate(zip(play.steps, again.steps, strict=True)):
-        if not _same(one, other):
+        got = "another; does it draw from a global generator, or keep something?"
+        _fail(env, "reset", f"the same first observation for the same seed (={seed})", got)
+    for index, (one, repeated) in enumerate(zip(play.steps, again.steps, strict=True)):
+        if not _same(one, repeated):
             got = f"another result at step {index + 1}; does it draw from a global generator, or keep something over a reset?"
             _fail(env, "step", f"the same episodes for the same seed (={seed}) and actions", got)
     other = _play(env, seed + 1, len(play.steps))
     if not _same(play.first, other.first):
         if env.n_envs > 1 and not _starts_vary(play):
-            _fail(env, "reset", "parallel environments that start differently, as they do with another seed", "the same start in all of them")
+            got = "the same start in all of them"
+            _fail(env, "reset", "parallel environments that start differently, as they do with another seed", got)
         return ["same seed, same episodes", "other seed, other episodes"]
     if _starts_vary(play):
         _fail(env, "reset", f"another start for another seed (={seed + 1})", f"the one of seed {seed}; the seed is not heeded")
@@ -256,7 +265,8 @@ def _check_independence(env: TeamEnv, make: Callable[[], TeamEnv], play: _Play, 
         same = same and _same(expected, env.step(actions.clone()))
     other.close()
     if not same:
-        _fail(env, "step", "the same episodes with a second environment beside it", "others; the two share something, say a generator")
+        got = "others; do the two share a generator, or does a reset keep something?"
+        _fail(env, "step", "the same episodes with a second environment beside it", got)
     return ["two beside each other"]
 
 
@@ -281,7 +291,7 @@ def _differs(one: Tensor, other: Tensor, batch_dim: int) -> Tensor:
     return (one != other).transpose(0, batch_dim).flatten(1).any(dim=1)
 
 
-def _same(one: object, other: object) -> bool:
+def _same(one: Any, other: Any) -> bool:
     """Whether two Observations or Steps are equal bit for bit."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
@@ -290,7 +300,7 @@ def _same(one: object, other: object) -> bool:
     return all(_same(getattr(one, part.name), getattr(other, part.name)) for part in fields(one))
 
 
-def _copy(one):
+def _copy(one: Any) -> Any:
     """A copy of an Observation or a Step that later calls can't reach."""
     if isinstance(one, Tensor):
         return one.clone()
@@ -302,16 +312,19 @@ def _kind(value: object) -> str:
     return f"{str(value.dtype)[6:]} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _fail(env: TeamEnv, method: str, expected: str, got: str) -> None:
+def _fail(env: TeamEnv, method: str, expected: str, got: str) -> NoReturn:
     raise RunError(f"check_env: {type(env).__name__}.{method}: expected {expected}, got {got}")
 
 
 def _globals(env: TeamEnv | None) -> dict[str, object]:
     """The state of every global generator the environment could touch."""
-    name, key, position, *_ = np.random.get_state()
-    state = {"torch": torch.get_rng_state().tolist(), "numpy": (name, key.tolist(), position), "random": random.getstate()}
+    state: dict[str, object] = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": pickle.dumps(np.random.get_state()),
+        "random": random.getstate(),
+    }
     if env is not None and env.device.type == "cuda":
-        state["torch.cuda"] = torch.cuda.get_rng_state(env.device).tolist()
+        state["torch.cuda"] = torch.cuda.get_rng_state(env.device).numpy().tobytes()
     return state
 
 

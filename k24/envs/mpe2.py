@@ -17,6 +17,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,34 +28,21 @@ from k24.envs.check import require_actions
 from k24.errors import RunError, UsageError, unknown_name
 
 _MODULES = {
-    "mpe2/collect_treasure": "collect_treasure_v1",
-    "mpe2/simple": "simple_v3",
-    "mpe2/simple_adversary": "simple_adversary_v3",
-    "mpe2/simple_crypto": "simple_crypto_v3",
-    "mpe2/simple_formation": "simple_formation_v1",
-    "mpe2/simple_line": "simple_line_v1",
-    "mpe2/simple_push": "simple_push_v3",
-    "mpe2/simple_reference": "simple_reference_v3",
-    "mpe2/simple_speaker_listener": "simple_speaker_listener_v4",
-    "mpe2/simple_spread": "simple_spread_v3",
-    "mpe2/simple_tag": "simple_tag_v3",
-    "mpe2/simple_world_comm": "simple_world_comm_v3",
+    "simple": ("simple_v3", "one agent goes to one landmark"),
+    "simple_adversary": ("simple_adversary_v3", "two agents hide their landmark from an adversary (two sides)"),
+    "simple_crypto": ("simple_crypto_v3", "Alice and Bob talk, Eve listens in (two sides)"),
+    "simple_formation": ("simple_formation_v1", "agents stand on a circle round a landmark"),
+    "simple_line": ("simple_line_v1", "agents stand on the line between two landmarks"),
+    "simple_push": ("simple_push_v3", "an agent and an adversary push for one landmark (two sides)"),
+    "simple_reference": ("simple_reference_v3", "two agents tell each other where to go"),
+    "simple_speaker_listener": ("simple_speaker_listener_v4", "one speaks, the other goes where it is told"),
+    "simple_spread": ("simple_spread_v3", "three agents cover three landmarks and do not collide"),
+    "simple_tag": ("simple_tag_v3", "three chase one (two sides)"),
+    "simple_world_comm": ("simple_world_comm_v3", "a leader tells chasers where the prey hides (two sides)"),
+    "collect_treasure": ("collect_treasure_v1", "collectors fetch treasure, depositors take it in"),
 }
 
-TASKS = {
-    "mpe2/collect_treasure": "collectors fetch treasure, depositors take it in",
-    "mpe2/simple": "one agent goes to one landmark",
-    "mpe2/simple_adversary": "two agents hide their landmark from an adversary (two sides)",
-    "mpe2/simple_crypto": "Alice and Bob talk, Eve listens in (two sides)",
-    "mpe2/simple_formation": "agents stand on a circle round a landmark",
-    "mpe2/simple_line": "agents stand on the line between two landmarks",
-    "mpe2/simple_push": "an agent and an adversary push for one landmark (two sides)",
-    "mpe2/simple_reference": "two agents tell each other where to go",
-    "mpe2/simple_speaker_listener": "one speaks, the other goes where it is told",
-    "mpe2/simple_spread": "three agents cover three landmarks and do not collide",
-    "mpe2/simple_tag": "three chase one (two sides)",
-    "mpe2/simple_world_comm": "a leader tells chasers where the prey hides (two sides)",
-}
+TASKS = {f"mpe2/{name}": about for name, (_, about) in _MODULES.items()}
 
 
 def env_seeds(seed: int, n_envs: int) -> list[int]:
@@ -69,7 +57,14 @@ class ParallelEnv(TeamEnv):
     last ones to go was truncated and not terminated, else terminated. The state is all agents' observations side by side, without padding.
     """
 
-    def __init__(self, make_one: Callable[[int], object], n_envs: int, episode_limit: int, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        make_one: Callable[[int], Any],
+        n_envs: int,
+        episode_limit: int,
+        device: str | torch.device = "cpu",
+        close_copies: bool = True,
+    ) -> None:
         """Builds the copies.
 
         Args:
@@ -77,12 +72,14 @@ class ParallelEnv(TeamEnv):
             n_envs: How many copies.
             episode_limit: The number of steps after which the environment itself truncates an episode.
             device: Where tensors live.
+            close_copies: Whether ``close`` closes the copies too.
 
         Raises:
             UsageError: Actions that are not discrete, or observations that are not vectors.
         """
         self.n_envs = n_envs
         self.device = torch.device(device)
+        self._close_copies = close_copies
         self._envs = [make_one(index) for index in range(n_envs)]
         first = self._envs[0]
         self._names = list(first.possible_agents)
@@ -113,14 +110,17 @@ class ParallelEnv(TeamEnv):
         seen, onward = [], []
         for e, env in enumerate(self._envs):
             present = set(env.agents)
-            joint = {name: action for name, action in zip(self._names, chosen[e], strict=True) if name in present}
-            for name, action in joint.items():
-                if not 0 <= action < self._counts[self._names.index(name)]:
-                    raise RunError(f"step: {name} has actions 0 to {self._counts[self._names.index(name)] - 1}, got {action}")
+            joint = {}
+            for name, action, count in zip(self._names, chosen[e], self._counts, strict=True):
+                if name in present:
+                    if action >= count:
+                        raise RunError(f"step: agent {name!r} has actions 0 to {count - 1}, got {action}")
+                    joint[name] = action
             observations, rewards, terminations, truncations, _ = env.step(joint)
+            # By name, not by `env.agents`: that list is already empty at the end of an episode.
             reward[:, e] = [rewards.get(name, 0.0) for name in self._names]
             seen.append(observations)
-            if not env.agents:
+            if not env.agents or all(terminations.get(name) or truncations.get(name) for name in present):
                 truncated[e] = any(truncations.get(name) and not terminations.get(name) for name in present)
                 terminated[e] = not truncated[e]
                 observations = env.reset()[0]
@@ -139,7 +139,9 @@ class ParallelEnv(TeamEnv):
     def close(self) -> None:
         """See ``TeamEnv.close``."""
         while self._envs:
-            self._envs.pop().close()
+            env = self._envs.pop()
+            if self._close_copies:
+                env.close()
 
     def _observe(self, seen: list[dict[str, np.ndarray]]) -> Observation:
         """Pads and stacks what each copy's agents see."""
@@ -173,15 +175,16 @@ def make(task: str, n_envs: int, device: str | torch.device = "cpu", max_steps: 
     """
     # pygame greets on stdout, which belongs to the command line's own output.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    module = importlib.import_module(f"mpe2.{_MODULES[task]}")
+    module = importlib.import_module(f"mpe2.{_MODULES[task.removeprefix('mpe2/')][0]}")
     fixed = {"max_cycles", "render_mode", "continuous_actions"}
     known = set(inspect.signature(module.raw_env).parameters) - fixed
     for name in kwargs:
         if name not in known:
             raise unknown_name(f"option of {task}", name, known | {"max_steps"})
 
-    def make_one(index: int):
+    def make_one(index: int) -> Any:
         # Only copy 0 is ever drawn.
         return module.parallel_env(max_cycles=max_steps, render_mode="rgb_array" if index == 0 else None, **kwargs)
 
-    return ParallelEnv(make_one, n_envs, max_steps, device)
+    # Closing one of them quits pygame for the whole process, and no other could be drawn any more. They hold no window.
+    return ParallelEnv(make_one, n_envs, max_steps, device, close_copies=False)

@@ -173,4 +173,3 @@ def _end(env: TeamEnv, team_return: Tensor) -> Step:
     ended = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
     reward = (team_return / n_agents).expand(n_agents, -1).contiguous()
     return Step(_nothing_to_see(env), _nothing_to_see(env), reward, ended, torch.zeros_like(ended))
-

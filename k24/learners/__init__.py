@@ -81,4 +81,15 @@ def make_learner(
     return LEARNERS[algo](algo, spec, sharing, config, hidden, agent_id, seed, device)
 
 
-__all__ = ["LEARNERS", "EpisodeReplay", "Episodes", "Learner", "RandomActor", "ValueActor", "ValueConfig", "ValueLearner", "collect_episodes", "make_learner"]
+__all__ = [
+    "LEARNERS",
+    "EpisodeReplay",
+    "Episodes",
+    "Learner",
+    "RandomActor",
+    "ValueActor",
+    "ValueConfig",
+    "ValueLearner",
+    "collect_episodes",
+    "make_learner",
+]

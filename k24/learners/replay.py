@@ -1,11 +1,13 @@
 """Whole episodes, kept in one block of memory per field.
 
-The episode is the axis after time, ``[A, T, episodes, ...]``, which is how nets take their input: a sample is one gather per field and needs no transposition.
+The episode is the axis after time, ``[A, T, episodes, ...]``, which is how nets take their input: a sample is one
+gather per field and needs no transposition.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +107,8 @@ class EpisodeReplay:
         assert self._data is not None
         index = torch.randperm(self.size, generator=generator, device=generator.device)[:count].to(self.device)
         picked = {f.name: getattr(self._data, f.name) for f in fields(Episodes)}
-        return Episodes(**{k: None if v is None else v.index_select(EPISODE_AXIS[k], index) for k, v in picked.items()})
+        chosen: Any = {k: None if v is None else v.index_select(EPISODE_AXIS[k], index) for k, v in picked.items()}
+        return Episodes(**chosen)
 
     def state_dict(self) -> dict:
         """The filled part, and where the next episode goes."""

@@ -24,7 +24,9 @@ class ValueActor:
         generator: Source of the random numbers; needed if epsilon is above 0.
     """
 
-    def __init__(self, net: AgentNet, weights: Sequence[SlotWeights], epsilon: float = 0.0, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, net: AgentNet, weights: Sequence[SlotWeights], epsilon: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
         self._net, self._weights, self._epsilon, self._generator = net, weights, epsilon, generator
         self._h: Tensor | None = None
 
@@ -78,8 +80,9 @@ def random_actions(observation: Observation, n_actions: int, generator: torch.Ge
 def collect_episodes(env: TeamEnv, actor: ValueActor | RandomActor, seed: int) -> Episodes:
     """Plays one episode in every parallel environment.
 
-    Every round starts from ``env.reset(seed)``. That makes a round a function of its seed and of the policy, and a training run that is resumed between two
-    rounds the same run bit for bit, whatever state the environment's own simulator keeps.
+    Every round starts from ``env.reset(seed)``. That makes a round a function of its seed and of the policy, and a
+    training run that is resumed between two rounds the same run bit for bit, whatever state the environment's own
+    simulator keeps.
 
     Args:
         env: The environments.
@@ -124,4 +127,6 @@ def _check_finite(batch: Episodes) -> None:
     for name in ("obs", "state", "reward"):
         values = getattr(batch, name)
         if not bool(torch.isfinite(values).all()):
-            raise RunError(f"the environment gave a {name} that is NaN or infinite: check it with 'k24 check-env', the last checkpoint is still good")
+            raise RunError(
+                f"the environment gave a {name} that is NaN or infinite: check it with 'k24 check-env', the last checkpoint is still good"
+            )

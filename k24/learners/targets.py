@@ -1,8 +1,9 @@
 """Targets and losses as pure functions: tensors in, tensors out.
 
-Time is in the names: ``v_tp1[t]`` is the value of the state that step t led to. All take ``[T, ...]`` with time first, and two flags per step. ``terminated``: the
-task ended with this step, so nothing follows. ``last``: this is the episode's last recorded step, for whatever reason; the
-recursion stops there and bootstraps from ``v_tp1`` unless the task ended.
+Time is in the names: ``v_tp1[t]`` is the value of the state that step t led to. All take ``[T, ...]`` with time first,
+and two flags per step. ``terminated``: the task ended with this step, so nothing follows. ``last``: this is the
+episode's last recorded step, for whatever reason; the recursion stops there and bootstraps from ``v_tp1`` unless the
+task ended.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 def n_step_targets(reward: Tensor, v_tp1: Tensor, terminated: Tensor, last: Tensor, gamma: float, n: int = 1) -> Tensor:
     """n-step returns, shortened where the episode ends.
 
-    ``G^(1)_t = r_t + γ·v_{t+1}``, and ``G^(n)_t = r_t + γ·G^(n-1)_{t+1}`` while step t is not the last one (Sutton and Barto 2018, section 7.1). Where the task
-    ended, what follows ``r_t`` is 0.
+    ``G^(1)_t = r_t + γ·v_{t+1}``, and ``G^(n)_t = r_t + γ·G^(n-1)_{t+1}`` while step t is not the last one (Sutton and
+    Barto 2018, section 7.1). Where the task ended, what follows ``r_t`` is 0.
 
     Args:
         reward: ``[T, ...]``.
@@ -39,7 +40,8 @@ def n_step_targets(reward: Tensor, v_tp1: Tensor, terminated: Tensor, last: Tens
 def td_lambda_targets(reward: Tensor, v_tp1: Tensor, terminated: Tensor, last: Tensor, gamma: float, lam: float) -> Tensor:
     """λ-returns of a value function without importance weights (Peng's Q(λ), as PyMARL uses it).
 
-    ``G_t = r_t + γ·[(1-λ)·v_{t+1} + λ·G_{t+1}]``, with ``G_{t+1} = v_{t+1}`` at an episode's last step (Sutton and Barto 2018, equation 12.18).
+    ``G_t = r_t + γ·[(1-λ)·v_{t+1} + λ·G_{t+1}]``, with ``G_{t+1} = v_{t+1}`` at an episode's last step (Sutton and Barto
+    2018, equation 12.18).
 
     Args:
         reward: ``[T, ...]``.

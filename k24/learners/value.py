@@ -1,7 +1,8 @@
 """IQL, VDN and QMIX in one learner: what differs between them is the mixer.
 
-Recurrent action values over whole episodes, double Q-learning, a target network, n-step or λ-returns. Sources: IQL, Tampuu et al. 2017 (arXiv 1511.08779); VDN (arXiv
-1706.05296); QMIX (arXiv 1803.11485); settings and network layout, EPyMARL (arXiv 2006.07869) and Kaleidoscope (arXiv 2410.08540).
+Recurrent action values over whole episodes, double Q-learning, a target network, n-step or λ-returns. Sources: IQL,
+Tampuu et al. 2017 (arXiv 1511.08779); VDN (arXiv 1706.05296); QMIX (arXiv 1803.11485); settings and network layout,
+EPyMARL (arXiv 2006.07869) and Kaleidoscope (arXiv 2410.08540).
 
 Time limits cut episodes but do not end the task: targets bootstrap from the observation after the last step, and ``terminated`` is set only
 where the task itself ended.
@@ -16,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from k24.learners.rollout import RandomActor, ValueActor, collect_episodes
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import RunError, UsageError
 from k24.learners.mixers import make_mixer, track
-from k24.learners.replay import Episodes, EpisodeReplay
+from k24.learners.replay import EpisodeReplay, Episodes
+from k24.learners.rollout import RandomActor, ValueActor, collect_episodes
 from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
 from k24.nets import AgentNet, Weights, detach_weights
 from k24.sharing.base import Events, Sharing
@@ -94,7 +95,8 @@ class ValueConfig:
             raise UsageError(f"td_lambda (={self.td_lambda}) and n_step (={self.n_step}) exclude each other: set one of them")
         if not (0 <= self.epsilon_finish <= self.epsilon_start <= 1) or self.epsilon_anneal < 1:
             raise UsageError(
-                f"exploration needs 0 <= epsilon_finish (={self.epsilon_finish}) <= epsilon_start (={self.epsilon_start}) <= 1 and epsilon_anneal >= 1"
+                f"exploration needs 0 <= epsilon_finish (={self.epsilon_finish}) <= epsilon_start "
+                f"(={self.epsilon_start}) <= 1 and epsilon_anneal >= 1"
             )
         if not self.grad_clip > 0:
             raise UsageError(f"grad_clip {self.grad_clip} must be positive")
@@ -279,7 +281,9 @@ class ValueLearner:
             avail = None if batch.avail is None else batch.avail[:, 1:]
             v_tp1 = greedy_value((q if c.double_q else q_target)[:, 1:].detach(), q_target[:, 1:], avail)
             v_tp1 = self._mix(self._target_mixer, v_tp1, batch.state[1:])
-            reward = (self._team_reward(batch) - self._rewards.mean) / self._rewards.std if c.standardise_rewards else self._team_reward(batch)
+            reward = (
+                (self._team_reward(batch) - self._rewards.mean) / self._rewards.std if c.standardise_rewards else self._team_reward(batch)
+            )
             terminated = _like(batch.terminated, reward)
             last = _like(_last_steps(batch.valid), reward)
             if c.td_lambda > 0:

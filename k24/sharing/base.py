@@ -1,8 +1,8 @@
 """What a parameter-sharing scheme is: a kind of layer, a loss of its own, and what happens to it over time.
 
-Every scheme comes down to one *effective weight per slot*. A net asks its layers for these once per step (``materialise``) and then runs the same code for
-all schemes; a rollout, an evaluation and a target network each use a set of effective weights made once and kept. Learners call the methods
-below and never ask which scheme it is.
+Every scheme comes down to one *effective weight per slot*. A net asks its layers for these once per step
+(``materialise``) and then runs the same code for all schemes; a rollout, an evaluation and a target network each use a
+set of effective weights made once and kept. Learners call the methods below and never ask which scheme it is.
 """
 
 from __future__ import annotations

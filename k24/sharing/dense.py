@@ -21,7 +21,9 @@ class DenseLinear(SlotLayer):
         bias_scale: Standard deviation added to each slot's bias, so that slots differ from the first step.
     """
 
-    def __init__(self, in_features: int, out_features: int, n_slots: int, own_weight: bool = False, own_bias: bool = False, bias_scale: float = 0.0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, n_slots: int, own_weight: bool = False, own_bias: bool = False, bias_scale: float = 0.0
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.n_slots = in_features, out_features, n_slots
         drawn = [nn.Linear(in_features, out_features) for _ in range(n_slots if own_weight else 1)]

@@ -1,7 +1,7 @@
 """K-2:4: one shared weight, a learned N:M mask per slot; and the two controls that show what learning the masks is worth.
 
-``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots use. Both cost what K-2:4 costs to run, so
-that a comparison tells the masks apart from the sparsity.
+``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots
+use. Both cost what K-2:4 costs to run, so that a comparison tells the masks apart from the sparsity.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class K24Config(MaskConfig):
         if not self.kl_threshold > 0:
             raise UsageError(f"kl_threshold {self.kl_threshold} must be positive")
         if self.freeze_at is not None and not self.freeze_at > 0:
-            raise UsageError(f"freeze_at {self.freeze_at} must be positive: masks need some training before they are fixed (a value above 1 never freezes)")
+            raise UsageError(
+                f"freeze_at {self.freeze_at} must be positive: masks need some training before they are fixed (a value "
+                f"above 1 never freezes)"
+            )
 
     @property
     def freeze_progress(self) -> float:
@@ -136,7 +139,7 @@ class K24(Sharing):
         if self._frozen:
             return Events()
         if progress >= self.config.freeze_progress:
-            self._frozen = True
+            self._frozen, self._logged = True, {}
             for layer in self.masked:
                 layer.freeze()
             return Events(frozen=True, retired=self.retired())

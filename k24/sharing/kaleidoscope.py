@@ -1,8 +1,9 @@
 """Kaleidoscope: one shared weight, a learned per-agent threshold on each of its entries.
 
-Re-implemented from the facts of Li, Pan and Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcement Learning", NeurIPS 2024 (arXiv
-2410.08540). Agent i multiplies with ``sign(W) · relu(|W| - sigmoid(s_i))``: a soft threshold, so agents differ in the VALUES of
-their weights and not just in which are kept. The recurrent part and all biases are shared and dense.
+Re-implemented from the facts of Li, Pan and Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent
+Reinforcement Learning", NeurIPS 2024 (arXiv 2410.08540). Agent i multiplies with ``sign(W) · relu(|W| -
+sigmoid(s_i))``: a soft threshold, so agents differ in the VALUES of their weights and not just in which are kept. The
+recurrent part and all biases are shared and dense.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _KeptOrNot(torch.autograd.Function):
         return (x > 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         return torch.tanh(grad)
 
 
@@ -116,7 +117,8 @@ class Kaleidoscope(Sharing):
     def diversity(self, weights: Sequence[SlotWeights]) -> Tensor:
         """``-Σ_l c_l Σ_{i≠j} ‖|W|∘(M_i - M_j)‖₁ / (A(A-1)·params)``, W detached, masks straight-through."""
         pairs = self.n_slots * (self.n_slots - 1)
-        terms, count = [], 0
+        terms: list[Tensor] = []
+        count = 0
         for layer, made in zip(self.layers, weights, strict=True):
             if not isinstance(layer, KaleidoscopeLinear) or made.extra is None:
                 continue

@@ -1,7 +1,8 @@
 """How masks move during training: the temperature, resets, the freeze.
 
-Two phases. In the first the temperature falls from ``init`` to 1 and patterns are explored; in the second from 1 to ``minimum`` and they commit. Resets keep
-alternatives alive while they can still matter; the freeze makes training and deployment one function.
+Two phases. In the first the temperature falls from ``init`` to 1 and patterns are explored; in the second from 1 to
+``minimum`` and they commit. Resets keep alternatives alive while they can still matter; the freeze makes training and
+deployment one function.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class TemperatureSchedule:
     def __call__(self, progress: float) -> float:
         """Returns tau.
 
-        Linear from ``init`` to 1 over the first half of the annealing window and from 1 to ``minimum`` over the second; where 1 does not lie
-        between the ends, one straight line.
+        Linear from ``init`` to 1 over the first half of the annealing window and from 1 to ``minimum`` over the second;
+        where 1 does not lie between the ends, one straight line.
 
         Args:
             progress: Share of training done; clamped to [0, 1].
@@ -66,11 +67,11 @@ class Reset:
     """Entries of a parameter that were set anew; the optimiser must forget what it knew of them.
 
     Attributes:
-        parameter: The parameter.
+        parameter: The parameter, a leaf that an optimiser holds.
         entries: bool mask of its shape.
     """
 
-    parameter: torch.nn.Parameter
+    parameter: Tensor
     entries: Tensor
 
 

@@ -5,9 +5,9 @@ Equations (Cho et al. 2014, in the variant of ``torch.nn.GRU``, reset gate after
     r = sigmoid(xr + hr)     z = sigmoid(xz + hz)     n = tanh(xn + r · hn)     h' = n + z · (h - n)
 
 where ``x* = W_x x + b_x`` and ``h* = W_h h + b_h``. The input products of all T steps are one matrix product outside; only the
-recurrent product has to loop. :func:`gru_sequence` writes the backward pass by hand: everything that does not depend on the incoming gradient is
-done for all steps at once, and the weight's gradient is one product at the end instead of T small ones. :func:`gru_step` is the definition, and the oracle
-in the tests.
+recurrent product has to loop. :func:`gru_sequence` writes the backward pass by hand: everything that does not depend on
+the incoming gradient is done for all steps at once, and the weight's gradient is one product at the end instead of T
+small ones. :func:`gru_step` is the definition, and the oracle in the tests.
 
 Shapes: ``A`` slots (1 where all share one weight), ``T`` steps, ``N`` rows, ``H`` hidden.
 """
@@ -67,7 +67,7 @@ class _GruSequence(torch.autograd.Function):
         return h[1:].transpose(0, 1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         """Back-propagation through time."""
         weight_h, gates, candidate_h, n, h = ctx.saved_tensors
         steps, slots, rows, hidden = n.shape
@@ -107,7 +107,7 @@ def gru_sequence(gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor) 
     """
     if gates_x.shape[1] == 1:
         return gru_step(gates_x[:, 0], h0, weight_h, bias_h)[:, None]
-    return _GruSequence.apply(gates_x, h0, weight_h, bias_h)  # type: ignore[return-value]
+    return _GruSequence.apply(gates_x, h0, weight_h, bias_h)
 
 
 class MaskedGRU(nn.Module):
@@ -125,7 +125,9 @@ class MaskedGRU(nn.Module):
         recurrent: The map from the hidden state to the three gates.
     """
 
-    def __init__(self, in_features: int, hidden: int, n_slots: int, pattern: str | PatternSet | None = None, config: MaskConfig | None = None) -> None:
+    def __init__(
+        self, in_features: int, hidden: int, n_slots: int, pattern: str | PatternSet | None = None, config: MaskConfig | None = None
+    ) -> None:
         super().__init__()
         self.hidden, self.n_slots = hidden, n_slots
         self.input = MaskedLinear(in_features, 3 * hidden, n_slots, pattern, config=config)

@@ -1,7 +1,8 @@
 """The masked linear layer: one shared weight, one N:M mask per slot.
 
-``MaskedLinear`` takes ``[A, N, features]``, one block of rows per slot, so that a layer is one batched matrix product. Rows of mixed slots, ``[N,
-features]`` with a slot index each, are sorted into segments first; no weight is ever gathered per row.
+``MaskedLinear`` takes ``[A, N, features]``, one block of rows per slot, so that a layer is one batched matrix product.
+Rows of mixed slots, ``[N, features]`` with a slot index each, are sorted into segments first; no weight is ever
+gathered per row.
 
 Life of a mask, as with dropout or batch normalisation:
 
@@ -23,7 +24,17 @@ from torch import Tensor, nn
 from k24.errors import UsageError
 from k24.sparse.dynamics import TemperatureSchedule
 from k24.sparse.patterns import PatternSet
-from k24.sparse.scoring import Logits, MaskForward, Normalise, TemperatureOn, choose, draw_noise, first_argmax, mask_of_patterns, pattern_logits
+from k24.sparse.scoring import (
+    Logits,
+    MaskForward,
+    Normalise,
+    TemperatureOn,
+    choose,
+    draw_noise,
+    first_argmax,
+    mask_of_patterns,
+    pattern_logits,
+)
 from k24.sparse.slots import Phase, SlotWeights, apply_slots, by_segments
 
 
@@ -123,7 +134,10 @@ class MaskedLinear(nn.Module):
             if value < 1:
                 raise UsageError(f"{name} (={value}) must be at least 1")
         if in_features < self.patterns.n:
-            raise UsageError(f"in_features (={in_features}) is below the {self.patterns.n} weights that {self.patterns} keeps of each group: use more inputs")
+            raise UsageError(
+                f"in_features (={in_features}) is below the {self.patterns.n} weights that {self.patterns} keeps of each "
+                f"group: use more inputs"
+            )
         self.in_features, self.out_features, self.n_slots = in_features, out_features, n_slots
         dense = nn.Linear(in_features, out_features, bias=bias)
         self.weight, self.bias = dense.weight, dense.bias
@@ -198,7 +212,8 @@ class MaskedLinear(nn.Module):
         """Each slot's masked weight, made once and used for all rows of a step.
 
         Args:
-            phase: Which mask: this training step's (``train``), what behaviour and targets use (``act``: the expected mask if that is what trains, else
+            phase: Which mask: this training step's (``train``), what behaviour and targets use (``act``: the expected
+            mask if that is what trains, else
                 the most likely one), a fresh draw (``sampled``), or the most likely one (``deploy``). After a freeze they are all the same.
         """
         mask, pi = self._mask(phase)
@@ -245,7 +260,8 @@ class MaskedLinear(nn.Module):
 
         Args:
             x: ``[A, N, I]``.
-            valid: bool ``[A, N]`` or ``[N]``, rows that count (no padding, nobody dead); None for all. A slot without valid rows keeps its value.
+            valid: bool ``[A, N]`` or ``[N]``, rows that count (no padding, nobody dead); None for all. A slot without
+            valid rows keeps its value.
         """
         if self.frozen:
             return
@@ -305,7 +321,9 @@ class MaskedLinear(nn.Module):
         if slots is not None:
             return self._forward_rows(x, slots, weight, bias)
         if x.dim() != 3 or x.shape[0] != self.n_slots:
-            raise UsageError(f"MaskedLinear takes [n_slots={self.n_slots}, rows, features], got {tuple(x.shape)}: pass slots= for rows of mixed slots")
+            raise UsageError(
+                f"MaskedLinear takes [n_slots={self.n_slots}, rows, features], got {tuple(x.shape)}: pass slots= for rows of mixed slots"
+            )
         if self.training and torch.is_grad_enabled():
             self.observe(x.detach(), valid)
         return apply_slots(x, weight, bias)

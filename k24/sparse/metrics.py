@@ -77,7 +77,9 @@ def mask_metrics(layers: Sequence[MaskedLinear], previous: Sequence[Tensor] | No
     # Groups that padding leaves no choice say nothing about choices.
     codes = [layer.best_codes()[..., : layer.free_groups] for layer in layers]
     total = sum(c.numel() for c in codes)
-    usage = torch.stack([layer.probabilities().detach()[..., : layer.free_groups].double().sum((1, 2, 3)) for layer in layers]).sum(0) / total
+    usage = (
+        torch.stack([layer.probabilities().detach()[..., : layer.free_groups].double().sum((1, 2, 3)) for layer in layers]).sum(0) / total
+    )
     metrics = {f"pattern_{k}_prob": float(p) for k, p in enumerate(usage)}
     metrics["pattern_entropy"] = entropy_bits(usage)
     for k, mask in enumerate(masks):

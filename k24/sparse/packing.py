@@ -1,8 +1,8 @@
 """Codes as a dense stream of bits.
 
-A 2:4 code has 6 states and takes 3 bits, so one slot of an ``[O, I]`` layer costs ``3·O·I/32`` bytes: 3/4 of a bit per weight, where
-a second set of float32 values would cost 32. The stream is little-endian: code ``k`` occupies the bits ``k·b … k·b + b - 1``, and bit ``j`` of
-the stream is bit ``j mod 8`` of byte ``j // 8``.
+A 2:4 code has 6 states and takes 3 bits, so one slot of an ``[O, I]`` layer costs ``3·O·I/32`` bytes: 3/4 of a bit per
+weight, where a second set of float32 values would cost 32. The stream is little-endian: code ``k`` occupies the bits
+``k·b … k·b + b - 1``, and bit ``j`` of the stream is bit ``j mod 8`` of byte ``j // 8``.
 """
 
 from __future__ import annotations
@@ -56,5 +56,7 @@ def unpack_codes(packed: Tensor, shape: tuple[int, ...], patterns: PatternSet) -
     bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")[: count * patterns.code_bits]
     values = (bits.reshape(count, patterns.code_bits).astype(np.int64) << np.arange(patterns.code_bits)).sum(1)
     if count and values.max() >= patterns.n_patterns:
-        raise UsageError(f"packed codes hold {values.max()}, which is no pattern of {patterns}: legal codes are 0..{patterns.n_patterns - 1}")
+        raise UsageError(
+            f"packed codes hold {values.max()}, which is no pattern of {patterns}: legal codes are 0..{patterns.n_patterns - 1}"
+        )
     return torch.from_numpy(values.astype(np.uint8)).view(shape)

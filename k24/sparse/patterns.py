@@ -43,7 +43,9 @@ class PatternSet:
         if not 0 < self.n < self.m:
             raise UsageError(f"pattern {self.n}:{self.m} keeps nothing or everything: use N:M with 0 < N < M, for example 2:4")
         if comb(self.m, self.n) > MAX_PATTERNS:
-            raise UsageError(f"pattern {self.n}:{self.m} has {comb(self.m, self.n)} states, at most {MAX_PATTERNS} are supported: use a smaller M")
+            raise UsageError(
+                f"pattern {self.n}:{self.m} has {comb(self.m, self.n)} states, at most {MAX_PATTERNS} are supported: use a smaller M"
+            )
 
     @classmethod
     def parse(cls, text: str | PatternSet) -> PatternSet:

@@ -6,19 +6,22 @@ Module A scores weight ``k`` of a group for slot ``i``::
 
 Module B turns the M scores of a group into logits over the P patterns, a distribution ``pi = softmax(kappa · logits / tau)``, and a mask.
 
-* ``log`` logits, ``l_p = Σ_{k∈p} log S_k``, make ``pi(p) ∝ Π_{k∈p} S_k^(kappa/tau)``: the k-subset, or conditional Bernoulli, distribution. It does
-  not depend on the scale of W or of the activations, and its mode is the top N of S.
+* ``log`` logits, ``l_p = Σ_{k∈p} log S_k``, make ``pi(p) ∝ Π_{k∈p} S_k^(kappa/tau)``: the k-subset, or conditional
+  Bernoulli, distribution. It does not depend on the scale of W or of the activations, and its mode is the top N of S.
 * ``sum`` logits, ``l_p = Σ_{k∈p} S_k``, have the same mode but a spread that hangs on those scales. At a temperature chosen for
   logits of order one, scores of order 0.01 give a mask that is nearly uniform noise; ``normalise`` repairs part of that.
 
-The temperature divides the logits and not the noise. ``argmax((l + g) / tau)`` does not depend on tau at all, so a schedule for tau that way
-changes the gradient alone and the masks stay as noisy at the end as at the start; ``temperature_on="all"`` is kept to show it.
+The temperature divides the logits and not the noise. ``argmax((l + g) / tau)`` does not depend on tau at all, so a
+schedule for tau that way changes the gradient alone and the masks stay as noisy at the end as at the start;
+``temperature_on="all"`` is kept to show it.
 
-Shapes: ``A`` slots, ``O`` outputs, ``I`` inputs, ``G`` groups per row, ``M`` weights per group, ``P`` patterns. Patterns come FIRST, ``[P, A, O, G]``: a
-softmax over an outer axis runs across groups in SIMD lanes, over a last axis of 6 it takes twenty times as long on a CPU.
+Shapes: ``A`` slots, ``O`` outputs, ``I`` inputs, ``G`` groups per row, ``M`` weights per group, ``P`` patterns.
+Patterns come FIRST, ``[P, A, O, G]``: a softmax over an outer axis runs across groups in SIMD lanes, over a last axis
+of 6 it takes twenty times as long on a CPU.
 
-Sources: Gumbel-max, Maddison et al. 2017 (arXiv 1611.00712) and Jang et al. 2017 (arXiv 1611.01144); learned 2:4 patterns by Gumbel-softmax, MaskLLM (arXiv
-2409.17481); activation-weighted magnitudes, Wanda (arXiv 2306.11695); straight-through gradients, Bengio et al. 2013 (arXiv 1308.3432).
+Sources: Gumbel-max, Maddison et al. 2017 (arXiv 1611.00712) and Jang et al. 2017 (arXiv 1611.01144); learned 2:4
+patterns by Gumbel-softmax, MaskLLM (arXiv 2409.17481); activation-weighted magnitudes, Wanda (arXiv 2306.11695);
+straight-through gradients, Bengio et al. 2013 (arXiv 1308.3432).
 """
 
 from __future__ import annotations
@@ -143,7 +146,7 @@ class _MaskOfPatterns(torch.autograd.Function):
         return (q.reshape(patterns.n_patterns, -1).t() @ table).view(*q.shape[1:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         """``dL/dq_p = Σ_{k∈p} dL/dmask_k``."""
         patterns: PatternSet = ctx.patterns
         table = patterns.table.to(device=grad.device, dtype=grad.dtype)
@@ -168,10 +171,12 @@ def mask_of_patterns(q: Tensor, codes: Tensor | None, patterns: PatternSet, in_f
         ``[A, O, I]``.
     """
     mask = _MaskOfPatterns.apply(q, codes, patterns)
-    return mask[..., :in_features]  # type: ignore[index]
+    return mask[..., :in_features]
 
 
-def draw_noise(shape: torch.Size, forward: MaskForward, n_patterns: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+def draw_noise(
+    shape: torch.Size, forward: MaskForward, n_patterns: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor | None:
     """Random numbers of one step's masks: a uniform per group, a Gumbel per pattern and group, or nothing.
 
     Args:
@@ -203,13 +208,15 @@ def choose(
         logits: ``[P, A, O, G]``.
         temperature: tau > 0.
         noise: From :func:`draw_noise`.
-        forward: ``expected``: no draw, the mask is its expectation. ``sample``: one uniform per group through the inverse CDF, gradient through pi.
+        forward: ``expected``: no draw, the mask is its expectation. ``sample``: one uniform per group through the
+        inverse CDF, gradient through pi.
             ``gumbel``: Gumbel-max forward, softmax of the perturbed logits backward. ``gumbel_soft``: that softmax forward too.
         kappa: Inverse-temperature factor on the logits.
         temperature_on: ``logits`` divides the logits alone. ``all`` divides the noise as well; then the draw ignores tau.
 
     Returns:
-        ``pi [P, A, O, G]`` (noise-free, for diversity and metrics), the relaxed choice ``q`` that carries the gradient, and the codes or None.
+        ``pi [P, A, O, G]`` (noise-free, for diversity and metrics), the relaxed choice ``q`` that carries the gradient,
+        and the codes or None.
     """
     if not temperature > 0:
         raise UsageError(f"temperature {temperature} must be positive: set temperature_min above 0")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from k24.errors import UsageError
 
-
 # Which of its weights a layer is asked for: those of this training step, of behaviour and targets, of a fresh draw, or of deployment.
 Phase = Literal["train", "act", "sampled", "deploy"]
 

@@ -1,0 +1,242 @@
+"""Speed of training, always beside its baseline in the same process.
+
+``bench_train`` times whole gradient steps of a value learner on made-up episodes, and beside them the same learner with
+one dense network for all agents, unrolled step by step in plain autograd: the layout that most code bases use.
+Correctness first: the fast path must agree with the step-by-step one before anything is timed.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from k24.envs import make_env
+from k24.envs.base import EnvSpec
+from k24.errors import RunError
+from k24.learners import Episodes, ValueConfig, ValueLearner, collect_episodes
+from k24.nets import AgentNet, Weights
+from k24.sharing import K24Config, SharingConfig, make_sharing
+from k24.sparse.gru import gru_step
+from k24.sparse.slots import apply_slots
+
+
+@dataclass(frozen=True)
+class BenchTrain:
+    """Times one whole update: masks, forward, target, diversity, backward, optimiser."""
+
+    algo: str = "qmix"
+    """Learner: iql, vdn or qmix."""
+    sharing: str = "k24"
+    """Sharing scheme."""
+    agents: int = 3
+    """Agents (A)."""
+    obs: int = 18
+    """Observation features (D)."""
+    actions: int = 5
+    """Actions per agent (U)."""
+    hidden: int = 64
+    """Hidden units (H)."""
+    batch: int = 32
+    """Episodes per update."""
+    steps: int = 25
+    """Steps per episode."""
+    threads: int = 1
+    """Threads of torch."""
+    repeats: int = 30
+    """Updates timed; the median counts."""
+    task: str = "mpe/simple_spread"
+    """Task of the end-to-end figures; empty for none."""
+    masks: Annotated[K24Config, tyro.conf.arg(name="")] = field(default_factory=K24Config)
+    """Settings of k24 and its controls."""
+
+
+def stepwise_forward(net: AgentNet, weights: Weights, obs: Tensor, h: Tensor) -> Tensor:
+    """The net of :class:`~k24.nets.AgentNet`, one time step after the other in plain autograd: the oracle of the fast path.
+
+    Args:
+        net: Whose sizes and agent index count.
+        weights: Effective weights.
+        obs: ``[A, T, N, D]``.
+        h: ``[A, N, H]``.
+
+    Returns:
+        ``[A, T, N, U]``.
+    """
+    fc1, gru_x, gru_h, fc2, fc3, fc4 = weights
+    a, steps, n, _ = obs.shape
+    outputs = []
+    for t in range(steps):
+        x = obs[:, t]
+        if net.agent_id:
+            x = torch.cat([x, torch.eye(a, device=x.device)[:, None].expand(a, n, a)], -1)
+        x = F.relu(apply_slots(x, fc1.weight, fc1.bias))
+        gates = apply_slots(x, gru_x.weight, gru_x.bias)
+        h = gru_step(gates, h, gru_h.weight.expand(a, -1, -1), gru_h.bias.expand(a, -1))
+        x = F.relu(apply_slots(h, fc2.weight, fc2.bias))
+        x = F.relu(apply_slots(x, fc3.weight, fc3.bias))
+        outputs.append(apply_slots(x, fc4.weight, fc4.bias))
+    return torch.stack(outputs, 1)
+
+
+def made_up_episodes(spec: EnvSpec, count: int, seed: int = 0) -> Episodes:
+    """Full-length episodes of noise."""
+    g = torch.Generator().manual_seed(seed)
+    a, t = spec.n_agents, spec.episode_limit
+    batch = Episodes.empty(spec, count, torch.device("cpu"), avail=False)
+    batch.obs = torch.randn(a, t + 1, count, spec.obs_dim, generator=g)
+    batch.state = torch.randn(t + 1, count, spec.state_dim, generator=g)
+    batch.actions = torch.randint(0, spec.n_actions, (a, t, count), generator=g)
+    batch.reward = torch.randn(a, t, count, generator=g)
+    batch.valid[:] = True
+    return batch
+
+
+class StepwiseLearner(ValueLearner):
+    """The same learner with the net unrolled step by step, and no statistics taken: the baseline."""
+
+    def td_loss(self, batch: Episodes, weights: Weights, observe: bool = False) -> Tensor:
+        """As the parent's, through :func:`stepwise_forward`."""
+        fast, net = self.net.forward, self.net
+
+        def forward(made: Any, obs: Tensor, h: Tensor, valid: Tensor | None = None, observe: bool = False) -> tuple[Tensor, Tensor]:
+            return stepwise_forward(net, made, obs, h), h
+
+        net.forward = forward  # type: ignore[method-assign, assignment]
+        try:
+            return super().td_loss(batch, weights)
+        finally:
+            net.forward = fast  # type: ignore[method-assign]
+
+
+def _median_ms(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median and interquartile range in ms; the candidates take turns, so that a busy moment hits them alike."""
+    for function in functions.values():
+        for _ in range(3):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    result = {}
+    for name, values in times.items():
+        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        result[name] = (statistics.median(values), quartiles[2] - quartiles[0])
+    return result
+
+
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def agreement(learner: ValueLearner, batch: Episodes) -> float:
+    """Largest difference between fast and step-by-step outputs and gradients, relative to the largest gradient.
+
+    Args:
+        learner: Whose net is tried.
+        batch: Episodes.
+    """
+    learner.sharing.resample(0.5, torch.Generator().manual_seed(1))
+    h0 = learner.net.initial_state(batch.count)
+    results = []
+    for forward in (lambda w: learner.net(w, batch.obs, h0)[0], lambda w: stepwise_forward(learner.net, w, batch.obs, h0)):
+        learner.net.zero_grad()
+        q = forward(learner.net.materialise("train"))
+        q.square().mean().backward()
+        results.append([q.detach()] + [p.grad.clone() for p in learner.net.parameters() if p.grad is not None])
+    return max(float((x - y).abs().max() / y.abs().max().clamp_min(1e-8)) for x, y in zip(*results, strict=True))
+
+
+def bench_train(options: BenchTrain, on_row: Callable[[str, float, float], None] | None = None) -> dict[str, Any]:
+    """Runs the benchmark.
+
+    Args:
+        options: Sizes.
+        on_row: Told each figure as it is measured: name, median in ms, interquartile range.
+
+    Returns:
+        ``update_ms``, ``stepwise_ms`` (shared dense net, step by step), ``dense_ms`` (the same net on our fast path),
+        ``update_mb`` (memory grown in the first updates), ``max_rel_err``, ``env_steps_per_s`` and
+        ``env_steps_per_s_rare`` (end to end at one update per 25 and per 1664 environment steps).
+
+    Raises:
+        RunError: The fast path does not agree with the step-by-step one.
+    """
+    torch.set_num_threads(options.threads)
+    spec = EnvSpec(options.agents, options.obs, options.obs * options.agents, options.actions, options.steps)
+    batch = made_up_episodes(spec, options.batch)
+    config = ValueConfig(batch_size=options.batch, standardise_rewards=False)
+
+    def learner(scheme: str, cls: type[ValueLearner] = ValueLearner) -> ValueLearner:
+        return cls(options.algo, spec, make_sharing(scheme, options.agents, SharingConfig(masks=options.masks)), config, options.hidden)
+
+    ours = learner(options.sharing)
+    # Warm torch's own buffers with a net of a few units, so that what grows below is what an update needs.
+    small = EnvSpec(2, 4, 8, 2, 2)
+    tiny = ValueLearner(options.algo, small, make_sharing(options.sharing, 2, SharingConfig(masks=options.masks)), config, 4)
+    tiny.update(made_up_episodes(small, 2), 0.1, 0)
+    before = _peak_mb()
+    for _ in range(3):
+        ours.update(batch, 0.1, 0)
+    grown = _peak_mb() - before
+    error = agreement(learner(options.sharing), batch)
+    if error > 1e-4:
+        raise RunError(
+            f"the fast path differs from the step-by-step one by {error:.1e} of the largest value (at most 1e-4): nothing is timed"
+        )
+
+    dense, stepwise = learner("fups"), learner("fups", StepwiseLearner)
+    timed = _median_ms(
+        {
+            "update_ms": lambda: ours.update(batch, 0.1, 0),
+            "dense_ms": lambda: dense.update(batch, 0.1, 0),
+            "stepwise_ms": lambda: stepwise.update(batch, 0.1, 0),
+        },
+        options.repeats,
+    )
+    result: dict[str, Any] = {name: round(median, 2) for name, (median, _) in timed.items()}
+    if on_row is not None:
+        for name, (median, spread) in timed.items():
+            on_row(name, median, spread)
+    result |= {"update_mb": round(grown, 1), "max_rel_err": error}
+    if options.task:
+        result["env_steps_per_s"] = round(end_to_end(options, envs=32, env_steps_per_update=25))
+        result["env_steps_per_s_rare"] = round(end_to_end(options, envs=512, env_steps_per_update=1664))
+    return result
+
+
+def end_to_end(options: BenchTrain, envs: int, env_steps_per_update: int, seconds: float = 6.0) -> float:
+    """Environment steps per second of a whole training loop: acting, environment, replay and learning.
+
+    Args:
+        options: Scheme, algorithm, width, task.
+        envs: Parallel environments.
+        env_steps_per_update: Environment steps per gradient step.
+        seconds: How long to measure, after two rounds of warming up.
+    """
+    env = make_env(options.task, envs)
+    config = ValueConfig(env_steps_per_update=env_steps_per_update)
+    sharing = make_sharing(options.sharing, env.spec.n_agents, SharingConfig(masks=options.masks))
+    learner = ValueLearner(options.algo, env.spec, sharing, config, options.hidden)
+    learner.replay.add(collect_episodes(env, learner.random_actor(), 0))
+    rounds = steps = 0
+    start = 0.0
+    while not start or time.perf_counter() - start < seconds:
+        played = learner.gather(env, 60_000, seed=rounds).steps
+        learner.learn(0.1, 60_000)
+        rounds += 1
+        steps += played if start else 0
+        if rounds == 2:
+            start = time.perf_counter()
+    env.close()
+    return steps / (time.perf_counter() - start)

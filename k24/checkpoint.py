@@ -1,0 +1,108 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is written under a temporary name, flushed to disk and renamed, and only then named in ``index.json``
+together with its SHA-256, by the same three steps. Whoever reads the index therefore finds whole files. The last two
+are kept; reading uses torch's ``weights_only`` mode, which runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k24.errors import CheckpointError
+
+FORMAT = 1
+KEEP = 2
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file by new contents, or leaves it as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:
+    """Writes a checkpoint and forgets all but the last two.
+
+    Args:
+        folder: ``checkpoints/`` of a run; made if missing.
+        steps: Environment steps done, part of the file's name.
+        state: Tensors, numbers, strings, and containers of them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "steps": steps, "state": state}, buffer)
+    data = buffer.getvalue()
+    path = folder / f"step_{steps:012d}.pt"
+    write_atomically(path, data)
+    entries = [e for e in _read_index(folder) if e["file"] != path.name]
+    entries.append({"file": path.name, "steps": steps, "sha256": hashlib.sha256(data).hexdigest()})
+    write_atomically(folder / "index.json", json.dumps(entries[-KEEP:], indent=1).encode())
+    kept = {e["file"] for e in entries[-KEEP:]}
+    for old in folder.glob("step_*.pt*"):
+        if old.name not in kept:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[int, dict[str, Any]] | None:
+    """Reads the newest checkpoint.
+
+    Args:
+        folder: ``checkpoints/`` of a run.
+        device: Where tensors go.
+
+    Returns:
+        Environment steps done and the state, or None if there is no checkpoint yet.
+
+    Raises:
+        CheckpointError: The newest checkpoint is damaged or of another format.
+    """
+    entries = [e for e in _read_index(folder) if (folder / e["file"]).exists()]
+    if not entries:
+        return None
+    path, digest = folder / entries[-1]["file"], entries[-1]["sha256"]
+    before = (
+        f"delete it to go on from {entries[-2]['file']}" if len(entries) > 1 else "there is no earlier one: start over with another --out"
+    )
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CheckpointError(f"checkpoint {path} is damaged or cut short ({len(data)} bytes, its checksum differs): {before}")
+    try:
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:120]}): {before}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(
+            f"checkpoint {path} has format {found}, this k24 reads format {FORMAT}: use the k24 version that wrote it, or start over"
+        )
+    return int(content["steps"]), content["state"]
+
+
+def _read_index(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "index.json"
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return [{"file": Path(e["file"]).name, "steps": int(e["steps"]), "sha256": str(e["sha256"])} for e in entries]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged: restore it, or start over with another --out") from error

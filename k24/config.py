@@ -1,0 +1,244 @@
+"""One typed configuration for a training run. Every field has a default and one sentence, which is also its help on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from k24.errors import UsageError, unknown_name
+from k24.learners import LEARNERS, ValueConfig
+from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig, SharingConfig
+from k24.sparse.patterns import PatternSet
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    task: str = ""
+    """What to learn, as suite/name; 'k24 tasks' lists what there is."""
+    algo: str = "qmix"
+    """Learner: iql, vdn or qmix."""
+    sharing: str = "k24"
+    """How agents share parameters: k24, k24_random, k24_shared, kaleidoscope, fups, fups_id or nops."""
+    steps: int = 1_000_000
+    """Environment steps, counted over all parallel environments."""
+    seed: int = 0
+    """Seed of everything random."""
+    envs: int = 32
+    """Parallel environments."""
+    hidden: int = 64
+    """Hidden units of the agent net."""
+    agent_id: Literal["auto", "yes", "no"] = "auto"
+    """Append each agent's index to its observation; auto asks the sharing scheme."""
+    env_args: tuple[str, ...] = ()
+    """Arguments of the task, each as name=value."""
+    device: str = "auto"
+    """Where to learn: cpu, cuda, or auto for cuda where there is one."""
+    threads: int = 1
+    """Threads of torch on the CPU; for nets of this size one is usually fastest."""
+    log_every: int = 10_000
+    """Environment steps between lines of metrics."""
+    eval_every: int = 50_000
+    """Environment steps between evaluations."""
+    eval_episodes: int = 64
+    """Episodes of one evaluation."""
+    checkpoint_every: int = 50_000
+    """Environment steps between checkpoints."""
+    learner: Annotated[ValueConfig, tyro.conf.arg(name="")] = field(default_factory=ValueConfig)
+    """Settings of the learner."""
+    masks: Annotated[K24Config, tyro.conf.arg(name="")] = field(default_factory=K24Config)
+    """Settings of k24 and its controls."""
+    kaleidoscope: KaleidoscopeConfig = field(default_factory=KaleidoscopeConfig)
+    """Settings of the kaleidoscope baseline."""
+
+    def __post_init__(self) -> None:
+        """Checks each value, then those that depend on each other; no environment is built."""
+        if self.algo not in LEARNERS:
+            raise unknown_name("algorithm", self.algo, LEARNERS)
+        if self.sharing not in SCHEMES:
+            raise unknown_name("sharing scheme", self.sharing, SCHEMES)
+        for name in ("steps", "envs", "hidden", "threads", "log_every", "eval_every", "eval_episodes", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(f"device {self.device!r} is not known: use auto, cpu or cuda")
+        kept = PatternSet.parse(self.masks.pattern).n
+        if self.sharing.startswith("k24") and self.hidden < kept:
+            raise UsageError(
+                f"hidden (={self.hidden}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
+            )
+        if self.learner.individual_rewards and self.algo != "iql":
+            raise UsageError(f"individual_rewards needs algo iql, got algo {self.algo}: a mixer has one value for the team")
+        _ = self.env_kwargs
+
+    @property
+    def sharing_config(self) -> SharingConfig:
+        """Settings of all schemes."""
+        return SharingConfig(self.masks, self.kaleidoscope)
+
+    @property
+    def append_id(self) -> bool | None:
+        """``agent_id`` as nets take it."""
+        return {"auto": None, "yes": True, "no": False}[self.agent_id]
+
+    @property
+    def env_kwargs(self) -> dict[str, Any]:
+        """``env_args`` as a dictionary; values are read as YAML, so that 3, 0.5, true and text all mean what they look like."""
+        result = {}
+        for item in self.env_args:
+            name, equals, value = item.partition("=")
+            if not equals or not name.isidentifier():
+                raise UsageError(f"env_args {item!r} is not of the form name=value: for example --env-args n_agents=5")
+            result[name] = yaml.safe_load(value)
+        return result
+
+
+# Published settings, as changes to the defaults. See docs/algorithm.md for what they leave open.
+PRESETS: dict[str, dict[str, Any]] = {
+    "epymarl": {
+        "hidden": 128,
+        "envs": 1,
+        "agent_id": "yes",
+        "learner": {
+            "lr": 5e-4,
+            "lr_decay_start": 1.0,
+            "env_steps_per_update": 25,
+            "batch_size": 32,
+            "buffer_size": 5000,
+            "target_update": 200,
+            "epsilon_anneal": 50_000,
+        },
+    },
+    "kaleidoscope_mpe": {
+        "steps": 3_050_000,
+        "hidden": 64,
+        "envs": 1,
+        "sharing": "kaleidoscope",
+        "learner": {"lr": 5e-4, "lr_decay_start": 1.0, "env_steps_per_update": 25, "target_update": 200, "epsilon_anneal": 50_000},
+        "kaleidoscope": {"div_coef": 0.5, "reset_interval": 200_000, "reset_ratio": 0.1},
+    },
+    "kaleidoscope_smacv2": {
+        "steps": 10_050_000,
+        "hidden": 64,
+        "envs": 8,
+        "sharing": "kaleidoscope",
+        "learner": {
+            "lr": 1e-3,
+            "lr_decay_start": 1.0,
+            "batch_size": 128,
+            "td_lambda": 0.6,
+            "target_update": 200,
+            "epsilon_anneal": 100_000,
+            "standardise_rewards": False,
+        },
+        "kaleidoscope": {"div_coef": 5.0, "reset_interval": 1_000_000, "reset_ratio": 0.2},
+    },
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The configuration of a preset.
+
+    Raises:
+        UsageError: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return from_dict(TrainConfig, PRESETS[name], name)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values that YAML can hold."""
+    plain = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        plain[f.name] = to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """Builds a dataclass; keys left out keep their defaults.
+
+    Args:
+        cls: The dataclass.
+        values: A dictionary of plain values.
+        where: Named in errors.
+
+    Raises:
+        UsageError: A key is unknown or a value of the wrong kind.
+    """
+    if not isinstance(values, dict):
+        raise UsageError(f"{where} must hold 'name: value' lines, got {type(values).__name__}")
+    hints = get_type_hints(cls)
+    taken = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UsageError(f"{where}: {unknown_name('setting', str(name), hints)}")
+        taken[name] = _read(value, hints[name], f"{where}: {name}")
+    return cls(**taken)
+
+
+def _read(value: Any, hint: Any, where: str) -> Any:
+    """A plain value as the field's type wants it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _read(value, next(a for a in args if a is not type(None)), where)
+    if origin is Literal:
+        if value not in args:
+            raise UsageError(f"{where} is {value!r}, expected one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where} is {value!r}, expected a list")
+        return tuple(_read(v, args[0], where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UsageError(f"{where} is {value!r}, expected {hint.__name__}")
+    return value
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes the complete configuration as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Reads a configuration.
+
+    Raises:
+        UsageError: The file is missing, is no YAML, or holds something that is no setting.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the configuration {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return from_dict(TrainConfig, values, str(path))
+
+
+def first_difference(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """The first setting in which two configurations differ, as (dotted name, value in a, value in b)."""
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if f.name in ignore or x == y:
+            continue
+        if dataclasses.is_dataclass(x):
+            inner = first_difference(x, y)
+            if inner is not None:
+                return f"{f.name}.{inner[0]}", inner[1], inner[2]
+        else:
+            return f.name, x, y
+    return None

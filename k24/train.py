@@ -1,0 +1,229 @@
+"""The training loop: gather, learn, log, evaluate, save. It has no branch on the algorithm, the scheme or the task."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k24.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from k24.config import TrainConfig, first_difference, load_config, save_config
+from k24.errors import UsageError
+from k24.evaluate import EVAL_SEED, build_env, build_learner, play, resolve_device, restore, summary
+
+# Settings that may differ when a run is resumed: none of them changes what is learned.
+MAY_DIFFER = ("device", "threads", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run reports of itself.
+
+    Attributes:
+        steps: Environment steps done.
+        total: Environment steps wanted.
+        steps_per_second: Since this process began.
+        metrics: The newest metrics, evaluations included.
+    """
+
+    steps: int
+    total: int
+    steps_per_second: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        folder: The run folder.
+        steps: Environment steps done.
+        finished: False if it was asked to stop before the end; it can be resumed.
+        evaluation: What ``eval.json`` holds; empty unless finished.
+        steps_per_second: Of this process, everything included.
+    """
+
+    folder: Path
+    steps: int
+    finished: bool
+    evaluation: dict[str, Any]
+    steps_per_second: float
+
+
+class MetricLog:
+    """``metrics.jsonl`` and TensorBoard events, cut back to a checkpoint's step when a run is resumed."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        kept = []
+        if steps and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["steps"] <= steps:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # the line that a kill cut short
+        write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+        self._board = SummaryWriter(str(folder), purge_step=steps or None)
+
+    def write(self, steps: int, metrics: dict[str, float]) -> None:
+        """Logs one line."""
+        self._file.write(json.dumps({"steps": steps, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, steps)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Writes what is pending."""
+        self._file.close()
+        self._board.close()
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """``results/<task>/<algo>-<sharing>/seed<k>``."""
+    return Path("results") / config.task / f"{config.algo}-{config.sharing}" / f"seed{config.seed}"
+
+
+def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Makes a run folder, or checks that one may be resumed.
+
+    Raises:
+        UsageError: It exists and ``resume`` is not set, or it holds a run of another configuration.
+    """
+    written = folder / "config.yaml"
+    if folder.exists() and any(folder.iterdir()):
+        if not resume:
+            raise UsageError(f"run folder {folder} exists: add --resume to go on with it, or choose another --out")
+        if written.exists():
+            difference = first_difference(load_config(written), config, MAY_DIFFER)
+            if difference is not None:
+                name, old, new = difference
+                raise UsageError(
+                    f"{folder} was started with {name}={old}, now it is {new}: resume with the same settings, or choose another --out"
+                )
+            return
+        if any(p.name != "config.yaml.tmp" for p in folder.iterdir()):
+            raise UsageError(f"{folder} is not empty and holds no config.yaml: choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.yaml.tmp"
+    save_config(config, temporary)
+    temporary.replace(written)
+
+
+def train(
+    config: TrainConfig,
+    folder: Path | None = None,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Result:
+    """Trains, and leaves a run folder behind.
+
+    The folder holds ``config.yaml``, ``metrics.jsonl``, TensorBoard events, ``checkpoints/`` and, once finished, ``eval.json``.
+
+    Args:
+        config: The run.
+        folder: Where; ``default_folder(config)`` when None.
+        resume: Go on with the run in ``folder``, from the start if it was killed before its first checkpoint.
+        on_progress: Called after every round.
+        should_stop: Asked after every round; when it says yes, a checkpoint is written and the run ends, to be resumed later.
+
+    Raises:
+        UsageError: Something is wrong before anything starts.
+        RunError: Something failed while running; the last checkpoint is good.
+    """
+    if not config.task:
+        raise UsageError("no task given: 'k24 tasks' lists them, for example mpe/simple_spread")
+    folder = folder or default_folder(config)
+    device = resolve_device(config.device)
+    torch.set_num_threads(config.threads)
+    env = build_env(config, config.envs, device)
+    eval_env = build_env(config, config.eval_episodes, device)
+    learner = build_learner(config, env)
+    prepare_folder(config, folder, resume)
+
+    steps = rounds = 0
+    next_log, next_eval, next_checkpoint = 0, 0, config.checkpoint_every
+    metrics: dict[str, float] = {}
+    found = load_checkpoint(folder / "checkpoints", device) if resume else None
+    if found is not None:
+        steps, state = found
+        restore(learner.load_state_dict, state["learner"], folder)
+        rounds, next_log, next_eval, next_checkpoint = (int(state[k]) for k in ("rounds", "next_log", "next_eval", "next_checkpoint"))
+        metrics = dict(state["metrics"])
+    first, start = steps, time.perf_counter()
+    log = MetricLog(folder, steps)
+
+    def save() -> None:
+        save_checkpoint(
+            folder / "checkpoints",
+            steps,
+            {
+                "learner": learner.state_dict(),
+                "rounds": rounds,
+                "next_log": next_log,
+                "next_eval": next_eval,
+                "next_checkpoint": next_checkpoint,
+                "metrics": metrics,
+            },
+        )
+
+    def speed() -> float:
+        return (steps - first) / max(time.perf_counter() - start, 1e-9)
+
+    try:
+        while steps < config.steps:
+            episodes = learner.gather(env, steps, seed=round_seed(config.seed, rounds))
+            steps, rounds = steps + episodes.steps, rounds + 1
+            learner.learn(min(steps / config.steps, 1.0), steps)
+            metrics["return_train"] = float(episodes.returns().mean())
+            done = steps >= config.steps
+            if steps >= next_log or done:
+                next_log = _after(steps, config.log_every)
+                metrics |= learner.metrics()
+                if steps >= next_eval or done:
+                    next_eval = _after(steps, config.eval_every)
+                    metrics["return_eval"] = float(play(learner.actor("deploy"), eval_env, config.eval_episodes).mean())
+                    metrics["return_eval_act"] = float(play(learner.actor("act"), eval_env, config.eval_episodes).mean())
+                log.write(steps, metrics)
+            if on_progress is not None:
+                on_progress(Progress(steps, config.steps, speed(), metrics))
+            if steps >= next_checkpoint and not done:
+                next_checkpoint = _after(steps, config.checkpoint_every)
+                save()
+            if should_stop is not None and should_stop() and not done:
+                save()
+                return Result(folder, steps, False, {}, speed())
+        rate = speed()
+        save()
+        evaluation = {
+            **summary(play(learner.actor("deploy"), eval_env, max(config.eval_episodes, 256), EVAL_SEED + 500)),
+            "steps": steps,
+            "task": config.task,
+        }
+        write_atomically(folder / "eval.json", json.dumps(evaluation, indent=1).encode())
+        return Result(folder, steps, True, evaluation, rate)
+    finally:
+        log.close()
+        env.close()
+        eval_env.close()
+
+
+def round_seed(seed: int, rounds: int) -> int:
+    """Seed of a round of episodes: a pure function of the run's seed and the round, so that a resumed run meets the same episodes."""
+    return (seed * 1_000_003 + rounds * 7919 + 17) % 2**31
+
+
+def _after(steps: int, every: int) -> int:
+    """The first multiple of ``every`` that lies ahead."""
+    return (steps // every + 1) * every
