@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k24.sharing.base import Sharing
@@ -100,14 +99,14 @@ class AgentNet(nn.Module):
                 noted[name].observe(x.detach(), rows)  # type: ignore[operator]
             return apply_slots(x, made.weight, made.bias)
 
-        x = F.relu(linear("fc1", obs.reshape(a, t * n, -1), fc1))
+        x = linear("fc1", obs.reshape(a, t * n, -1), fc1).relu_()
         gates = linear("gru_input", x, gru_x).view(a, t, n, -1)
         states = run_gru(gates, h, gru_h)
         if observe and "gru_recurrent" in noted:
             before = torch.cat([h[:, None], states[:, :-1]], 1).detach()
             noted["gru_recurrent"].observe(before.reshape(a, t * n, -1), rows)  # type: ignore[operator]
-        x = F.relu(linear("fc2", states.reshape(a, t * n, -1), fc2))
-        x = F.relu(linear("fc3", x, fc3))
+        x = linear("fc2", states.reshape(a, t * n, -1), fc2).relu_()
+        x = linear("fc3", x, fc3).relu_()
         return linear("fc4", x, fc4).view(a, t, n, -1), states[:, -1]
 
 

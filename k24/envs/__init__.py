@@ -99,6 +99,14 @@ def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", **kwarg
         return module.make(task, n_envs, where, **kwargs)
     except ImportError as error:
         raise UsageError(f"{task} needs the package {suite.package!r}, which does not import ({error}): {_install(suite)}") from error
+    except UsageError:
+        raise
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        # Simulators check their options in ways of their own, or not at all.
+        given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        if not given:
+            raise
+        raise UsageError(f"{task} can't be made with {given}: {error}") from error
 
 
 def list_tasks() -> list[TaskRow]:

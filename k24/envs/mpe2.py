@@ -84,12 +84,13 @@ class ParallelEnv(TeamEnv):
         first = self._envs[0]
         self._names = list(first.possible_agents)
         for name in self._names:
-            if not hasattr(first.action_space(name), "n"):
+            if type(first.action_space(name)).__name__ != "Discrete":
                 raise UsageError(f"{first}: agent {name!r} must have discrete actions, got {first.action_space(name)}")
             if len(first.observation_space(name).shape or ()) != 1:
                 raise UsageError(f"{first}: agent {name!r} must observe a vector, got {first.observation_space(name)}")
         self._sizes = [first.observation_space(name).shape[0] for name in self._names]
         self._counts = [int(first.action_space(name).n) for name in self._names]
+        self._starts = [int(first.action_space(name).start) for name in self._names]
         self.spec = EnvSpec(len(self._names), max(self._sizes), sum(self._sizes), max(self._counts), episode_limit)
         # What each agent may do while it is there, and when it is gone, [A, U].
         self._may = np.arange(max(self._counts)) < np.array(self._counts)[:, None]
@@ -111,11 +112,11 @@ class ParallelEnv(TeamEnv):
         for e, env in enumerate(self._envs):
             present = set(env.agents)
             joint = {}
-            for name, action, count in zip(self._names, chosen[e], self._counts, strict=True):
+            for name, action, count, start in zip(self._names, chosen[e], self._counts, self._starts, strict=True):
                 if name in present:
                     if action >= count:
                         raise RunError(f"step: agent {name!r} has actions 0 to {count - 1}, got {action}")
-                    joint[name] = action
+                    joint[name] = action + start
             observations, rewards, terminations, truncations, _ = env.step(joint)
             # By name, not by `env.agents`: that list is already empty at the end of an episode.
             reward[:, e] = [rewards.get(name, 0.0) for name in self._names]

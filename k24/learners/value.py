@@ -253,7 +253,7 @@ class ValueLearner:
         self.optimiser.zero_grad(set_to_none=True)
         (loss if aux is None else loss + aux).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True)
         self.optimiser.step()
         self.updates += 1
         self._acting = None

@@ -122,10 +122,10 @@ class K24(Sharing):
 
     def aux_loss(self, weights: Sequence[SlotWeights], task_loss: Tensor) -> Tensor | None:
         """Module C times its adaptive coefficient."""
-        for layer, made in zip(self.layers, weights, strict=True):
-            if isinstance(layer, MaskedLinear) and self.config.reset_interval:
-                layer.count_usage(made)
-        pis = [made.pi for made in weights if made.pi is not None]
+        if self.config.reset_interval or self.config.adaptive_reset:
+            for layer in self.masked:
+                layer.count_usage()
+        pis = [made.pi for made in weights if made.pi is not None and made.pi.numel()]  # a layer may leave no group a choice
         if self.config.div_coef == 0 or not pis or pis[0].shape[1] < 2:
             return None
         loss = diversity_loss(self.config.diversity, pis, self.masked[0].patterns)
@@ -149,10 +149,10 @@ class K24(Sharing):
         if not (due or moved):
             return Events()
         # Nothing is drawn anew in the last interval: what is new then cannot be learned before the masks are fixed.
-        interval = (env_steps - self._last_reset) / max(env_steps, 1) * progress
-        self._last_reset = env_steps
+        interval = max(every, env_steps - self._last_reset) / max(env_steps, 1) * progress
         if progress + interval >= self.config.freeze_progress:
             return Events()
+        self._last_reset = env_steps
         return Events(resets=[reset for layer in self.masked for reset in reset_layer(layer, self.config.reset_ratio, generator)])
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:

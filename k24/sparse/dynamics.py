@@ -108,7 +108,7 @@ def reset_layer(layer: MaskedLinear, ratio: float, generator: torch.Generator | 
     fresh = torch.empty_like(layer.alpha).normal_(generator=generator) * layer.config.hetero_init_scale
     layer.alpha.copy_(torch.where(alphas, fresh, layer.alpha))
     weights = chosen((rate < RARELY_KEPT).all(0))
-    bound = layer.in_features**-0.5
+    bound = layer.config.init_gain * layer.in_features**-0.5
     fresh = torch.empty_like(layer.weight).uniform_(-bound, bound, generator=generator)
     layer.weight.copy_(torch.where(weights, fresh, layer.weight))
     return [Reset(layer.alpha, alphas), Reset(layer.weight, weights)]

@@ -43,54 +43,63 @@ def gru_step(gates_x: Tensor, h: Tensor, weight_h: Tensor, bias_h: Tensor) -> Te
     return torch.lerp(n, h, z)
 
 
+def _tanh_(x: Tensor) -> Tensor:
+    """``tanh`` in place as ``2·sigmoid(2x) - 1``, equal to rounding and less than half the time of torch's own on a CPU."""
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+
+
 class _GruSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor) -> Tensor:
-        """Runs all steps; keeps r and z, n, the recurrent candidate and the states for the backward pass."""
+        """Runs all steps in place; keeps the gates r and z, the recurrent candidate, n and the states for the backward pass."""
         slots, steps, rows, width = gates_x.shape
         hidden = width // 3
-        # Time first, so that each step's block is contiguous.
-        gates = torch.empty(steps, slots, rows, 2 * hidden, dtype=gates_x.dtype, device=gates_x.device)
-        candidate_h = gates.new_empty(steps, slots, rows, hidden)
-        n = torch.empty_like(candidate_h)
-        h = gates.new_empty(steps + 1, slots, rows, hidden)
-        h[0] = h0
+        gates = gates_x.new_empty(slots, steps, rows, width)
+        n = gates.new_empty(slots, steps, rows, hidden)
+        h = gates.new_empty(slots, steps + 1, rows, hidden)
+        h[:, 0] = h0
         w_t, bias = weight_h.transpose(1, 2), bias_h[:, None]
+        x_rz, x_n = gates_x[..., : 2 * hidden].unbind(1), gates_x[..., 2 * hidden :].unbind(1)
+        rz, r, z, h_n = (
+            gates[..., part].unbind(1)
+            for part in (slice(2 * hidden), slice(hidden), slice(hidden, 2 * hidden), slice(2 * hidden, None))
+        )
+        products, candidates, states = gates.unbind(1), n.unbind(1), h.unbind(1)
         for t in range(steps):
-            x_t, rz = gates_x[:, t], gates[t]
-            product = torch.baddbmm(bias, h[t], w_t)
-            torch.add(x_t[..., : 2 * hidden], product[..., : 2 * hidden], out=rz).sigmoid_()
-            candidate_h[t] = product[..., 2 * hidden :]
-            torch.addcmul(x_t[..., 2 * hidden :], rz[..., :hidden], candidate_h[t], out=n[t]).tanh_()
-            torch.lerp(n[t], h[t], rz[..., hidden:], out=h[t + 1])
-        ctx.save_for_backward(weight_h, gates, candidate_h, n, h)
-        return h[1:].transpose(0, 1)
+            torch.baddbmm(bias, states[t], w_t, out=products[t])
+            rz[t].add_(x_rz[t]).sigmoid_()
+            _tanh_(torch.addcmul(x_n[t], r[t], h_n[t], out=candidates[t]))
+            torch.lerp(candidates[t], states[t], z[t], out=states[t + 1])
+        ctx.save_for_backward(weight_h, gates, n, h)
+        return h[:, 1:]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         """Back-propagation through time."""
-        weight_h, gates, candidate_h, n, h = ctx.saved_tensors
-        steps, slots, rows, hidden = n.shape
-        r, z = gates[..., :hidden], gates[..., hidden:]
+        weight_h, gates, n, h = ctx.saved_tensors
+        slots, steps, rows, hidden = n.shape
+        r, z, h_n = gates.chunk(3, -1)
         # d(gate pre-activation) / d(h') for each gate, all steps at once.
-        to_n = (1 - z) * (1 - n * n)
-        to_z = (h[:-1] - n) * z * (1 - z)
-        to_r = to_n * candidate_h * r * (1 - r)
-        grad_h = gates.new_empty(steps, slots, rows, 3 * hidden)
-        grad_n = torch.empty_like(n)
-        flow = torch.zeros_like(h[0])
-        for t in reversed(range(steps)):
-            flow = flow + grad[:, t]
-            torch.mul(flow, to_r[t], out=grad_h[t, ..., :hidden])
-            torch.mul(flow, to_z[t], out=grad_h[t, ..., hidden : 2 * hidden])
-            torch.mul(flow, to_n[t], out=grad_n[t])
-            torch.mul(grad_n[t], r[t], out=grad_h[t, ..., 2 * hidden :])
-            flow = torch.baddbmm(flow * z[t], grad_h[t], weight_h)
-        by_slot = grad_h.transpose(0, 1).reshape(slots, steps * rows, 3 * hidden)
-        grad_weight = torch.bmm(by_slot.transpose(1, 2), h[:-1].transpose(0, 1).reshape(slots, steps * rows, hidden))
-        grad_bias = by_slot.sum(1)
-        grad_x = torch.cat([grad_h[..., : 2 * hidden], grad_n], -1).transpose(0, 1)
-        return grad_x, flow, grad_weight, grad_bias
+        keep = 1 - z
+        to_n = torch.addcmul(keep, keep, n * n, value=-1)
+        to_z = (h[:, :-1] - n).mul_(z).mul_(keep)
+        to_r = (to_n * h_n).mul_(r).mul_(1 - r)
+        grad_h, grad_x = torch.empty_like(gates), torch.empty_like(gates)
+        h_r, h_z, h_c = (part.unbind(1) for part in grad_h.chunk(3, -1))
+        x_n = grad_x[..., 2 * hidden :].unbind(1)
+        per_step = zip(*(part.unbind(1) for part in (grad, to_r, to_z, to_n, r, z, grad_h)), h_r, h_z, h_c, x_n, strict=True)
+        flow = torch.zeros_like(h[:, 0])
+        for grad_t, to_r_t, to_z_t, to_n_t, r_t, z_t, grad_h_t, out_r, out_z, out_c, out_n in reversed(list(per_step)):
+            flow = flow + grad_t
+            torch.mul(flow, to_r_t, out=out_r)
+            torch.mul(flow, to_z_t, out=out_z)
+            torch.mul(flow, to_n_t, out=out_n)
+            torch.mul(out_n, r_t, out=out_c)
+            flow = torch.baddbmm(flow.mul_(z_t), grad_h_t, weight_h)
+        grad_x[..., : 2 * hidden] = grad_h[..., : 2 * hidden]
+        by_row = grad_h.view(slots, steps * rows, 3 * hidden)
+        grad_weight = torch.bmm(by_row.transpose(1, 2), h[:, :-1].reshape(slots, steps * rows, hidden))
+        return grad_x, flow, grad_weight, by_row.sum(1)
 
 
 def gru_sequence(gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class MaskConfig:
     """Whether the temperature divides the logits, or the noise too (then annealing does not calm the masks)."""
     kappa: float = 1.0
     """Factor on the logits."""
+    init_gain: float = 1.0
+    """Factor on the initial weights; masks take away energy, up to 1 - (N/M)² of it while they are soft and even."""
     hetero_init_scale: float = 0.01
     """Standard deviation of alpha at the start."""
     ema_momentum: float = 0.99
@@ -82,6 +84,8 @@ class MaskConfig:
             raise UsageError(f"ema_every {self.ema_every} must be at least 1")
         if not self.kappa > 0:
             raise UsageError(f"kappa {self.kappa} must be positive")
+        if not self.init_gain > 0:
+            raise UsageError(f"init_gain {self.init_gain} must be positive")
         if self.hetero_init_scale < 0:
             raise UsageError(f"hetero_init_scale {self.hetero_init_scale} must not be negative")
         _ = self.temperature
@@ -141,6 +145,8 @@ class MaskedLinear(nn.Module):
         self.in_features, self.out_features, self.n_slots = in_features, out_features, n_slots
         dense = nn.Linear(in_features, out_features, bias=bias)
         self.weight, self.bias = dense.weight, dense.bias
+        with torch.no_grad():
+            self.weight.mul_(self.config.init_gain)
         n_groups = self.patterns.groups(in_features)
         self.alpha = nn.Parameter(torch.randn(n_slots, out_features, in_features) * self.config.hetero_init_scale)
         start = torch.zeros if self.config.ema_bias_correction else torch.ones
@@ -162,6 +168,7 @@ class MaskedLinear(nn.Module):
         self.temperature = self.config.temperature_init
         self._noise: Tensor | None = None
         self._drawn: Tensor | None = None
+        self._in_use: Tensor | None = None
 
     def extra_repr(self) -> str:
         """Sizes for ``print(layer)``."""
@@ -239,6 +246,7 @@ class MaskedLinear(nn.Module):
         if codes is not None:
             self._drawn = codes if self._drawn is None else self._drawn
         mask = mask_of_patterns(q, self._drawn if codes is not None else None, self.patterns, self.in_features)
+        self._in_use = mask.detach()
         return mask, pi
 
     @torch.no_grad()
@@ -250,7 +258,7 @@ class MaskedLinear(nn.Module):
         """
         self.codes.copy_(self.best_codes() if codes is None else codes)
         self.frozen.fill_(True)
-        self._noise = self._drawn = None
+        self._noise = self._drawn = self._in_use = None
 
     # Statistics -------------------------------------------------------------------------------------------------------------------
 
@@ -270,34 +278,28 @@ class MaskedLinear(nn.Module):
             return
         if self.n_slots == 1:
             x, valid = x.reshape(1, -1, self.in_features), valid if valid is None else valid.expand(x.shape[:2]).reshape(1, -1)
-        order = 2 if self.config.ema_norm == "rms" else 1
+        rms = self.config.ema_norm == "rms"
+        size = x.square() if rms else x.abs()
+        present = None
         if valid is None:
-            total = torch.linalg.vector_norm(x, ord=order, dim=1)
-            now = total / (x.shape[1] ** (1 / order))
-            present = None
+            now = size.mean(1)
         else:
             rows = valid.expand(x.shape[:2])
             count = rows.sum(1, keepdim=True)
-            total = torch.linalg.vector_norm(torch.where(rows[..., None], x, 0.0), ord=order, dim=1)
-            now = total / count.clamp_min(1) ** (1 / order)
+            now = torch.where(rows[..., None], size, 0.0).sum(1) / count.clamp_min(1)
             present = count > 0
+        now = now.sqrt() if rms else now
         if present is not None:
             now = torch.where(present, now, self.running_magnitude())
         self.last_magnitude.copy_(now)
         self.ema.lerp_(now, 1 - self.config.ema_momentum)
 
     @torch.no_grad()
-    def count_usage(self, weights: SlotWeights) -> None:
-        """Adds this step's expected mask to the tally that resets go by."""
-        if weights.pi is None:
-            return
-        table = self.patterns.table.to(weights.pi)
-        kept = (weights.pi.detach().reshape(self.patterns.n_patterns, -1).t() @ table).view(self.n_slots, self.out_features, -1)
-        # Columns of a group without a choice count as always kept: there is nothing to revive.
-        chosen = min(kept.shape[-1], self.in_features)
-        self.usage[..., :chosen] += kept[..., :chosen]
-        self.usage[..., chosen:] += 1
-        self.usage_steps += 1
+    def count_usage(self) -> None:
+        """Adds this step's mask to the tally that resets go by."""
+        if self._in_use is not None:
+            self.usage += self._in_use
+            self.usage_steps += 1
 
     # Forward ----------------------------------------------------------------------------------------------------------------------
 

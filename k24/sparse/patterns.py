@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import combinations
 from math import ceil, comb, log2
 
@@ -87,6 +87,7 @@ class PatternSet:
         """Groups per row, padding included."""
         return -(-in_features // self.m)
 
+    @cache  # noqa: B019 - a handful of patterns and widths live as long as the process
     def legal(self, in_features: int) -> Tensor:
         """Which patterns each group may take, bool ``[P, G]``; all True except where the last group holds padding."""
         n_groups = self.groups(in_features)
@@ -103,6 +104,7 @@ class PatternSet:
             allowed[:, -1] = fits
         return allowed
 
+    @cache  # noqa: B019
     def free_groups(self, in_features: int) -> int:
         """Groups per row that have a choice: all of them, or all but a last one whose padding leaves a single legal pattern."""
         n_groups = self.groups(in_features)
