@@ -16,6 +16,8 @@ from k24.learners import LEARNERS, ValueConfig
 from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig, SharingConfig
 from k24.sparse.patterns import PatternSet
 
+MAX_HIDDEN = 16_384
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -67,6 +69,8 @@ class TrainConfig:
         for name in ("steps", "envs", "hidden", "threads", "log_every", "eval_every", "eval_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
+        if self.hidden > MAX_HIDDEN:
+            raise UsageError(f"hidden (={self.hidden}) is above {MAX_HIDDEN}: one layer alone would take gigabytes, use less")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is not known: use auto, cpu or cuda")
         kept = PatternSet.parse(self.masks.pattern).n

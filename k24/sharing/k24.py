@@ -42,7 +42,7 @@ class K24Config(MaskConfig):
     deque_len: int = 100
     """Gradient steps averaged by the adaptive coefficient."""
     reset_interval: int = 10_000
-    """Environment steps between resets; 0 for none."""
+    """Gradient steps between resets; 0 for none."""
     reset_ratio: float = 0.1
     """Share of the never-selected entries that a reset draws anew."""
     adaptive_reset: bool = False
@@ -90,7 +90,7 @@ class K24(Sharing):
         # 1/P is where independent masks sit; see AdaptiveCoefficient.
         floor = 1 / PatternSet.parse(self.config.pattern).n_patterns if self.config.diversity == "orthogonality" else 1e-3
         self._coefficient = AdaptiveCoefficient(self.config.div_coef, self.config.deque_len, floor)
-        self._last_reset = 0
+        self._steps = self._last_reset = 0
         self.wants_policy_kl = self.config.adaptive_reset and variant != "random"
         self._frozen = variant == "random"
         self._temperature = self.config.temperature_init
@@ -143,16 +143,17 @@ class K24(Sharing):
             for layer in self.masked:
                 layer.freeze()
             return Events(frozen=True, retired=self.retired())
+        self._steps += 1
         every = self.config.reset_interval
-        due = every and env_steps - self._last_reset >= every
+        due = every and self._steps - self._last_reset >= every
         moved = self.config.adaptive_reset and policy_kl is not None and policy_kl > self.config.kl_threshold
         if not (due or moved):
             return Events()
         # Nothing is drawn anew in the last interval: what is new then cannot be learned before the masks are fixed.
-        interval = max(every, env_steps - self._last_reset) / max(env_steps, 1) * progress
+        interval = progress * (self._steps - self._last_reset) / self._steps
+        self._last_reset = self._steps
         if progress + interval >= self.config.freeze_progress:
             return Events()
-        self._last_reset = env_steps
         return Events(resets=[reset for layer in self.masked for reset in reset_layer(layer, self.config.reset_ratio, generator)])
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
@@ -172,6 +173,7 @@ class K24(Sharing):
         """Coefficient history, the time of the last reset, and what the last metrics compared with."""
         return {
             "coefficient": self._coefficient.state_dict(),
+            "steps": self._steps,
             "last_reset": self._last_reset,
             "frozen": self._frozen,
             "logged": self._logged,
@@ -182,7 +184,8 @@ class K24(Sharing):
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
         self._coefficient.load_state_dict(state["coefficient"])
-        self._last_reset, self._frozen, self._logged = int(state["last_reset"]), bool(state["frozen"]), dict(state["logged"])
+        self._steps, self._last_reset = int(state["steps"]), int(state["last_reset"])
+        self._frozen, self._logged = bool(state["frozen"]), dict(state["logged"])
         self._codes = state["codes"]
         self._progress = float(state["progress"])
         self._temperature = self.config.temperature(self._progress)

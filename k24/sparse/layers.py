@@ -54,7 +54,7 @@ class MaskConfig:
     """Whether the temperature divides the logits, or the noise too (then annealing does not calm the masks)."""
     kappa: float = 1.0
     """Factor on the logits."""
-    init_gain: float = 1.0
+    init_gain: float = 2.0
     """Factor on the initial weights; masks take away energy, up to 1 - (N/M)² of it while they are soft and even."""
     hetero_init_scale: float = 0.01
     """Standard deviation of alpha at the start."""

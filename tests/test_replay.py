@@ -1,0 +1,216 @@
+"""Memory of episodes, and how they get there."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
+from k24.errors import RunError
+from k24.learners import EpisodeReplay, Episodes, RandomActor, ValueActor, collect_episodes
+from k24.learners.replay import EPISODE_AXIS
+from k24.nets import AgentNet
+from k24.sharing import make_sharing
+
+CPU = torch.device("cpu")
+SPEC = EnvSpec(n_agents=2, obs_dim=3, state_dim=4, n_actions=5, episode_limit=6)
+
+
+def marked(names: list[int], avail: bool = False) -> Episodes:
+    """Episodes whose every field carries their number."""
+    batch = Episodes.empty(SPEC, len(names), CPU, avail)
+    numbers = torch.tensor(names)
+    batch.obs += numbers[:, None]
+    batch.state += numbers[:, None]
+    batch.actions += numbers
+    batch.reward += numbers
+    batch.terminated |= numbers % 2 == 0
+    batch.valid |= numbers % 3 == 0
+    if batch.avail is not None:
+        batch.avail &= (numbers % 2 == 1)[:, None]
+    return batch
+
+
+def numbers_of(batch: Episodes) -> list[int]:
+    """The episodes' numbers; every field must agree on them."""
+    names = batch.actions[0, 0].tolist()
+    again = marked(names, batch.avail is not None)
+    for field in fields(Episodes):
+        mine, expected = getattr(batch, field.name), getattr(again, field.name)
+        assert (mine is None) == (expected is None)
+        assert mine is None or torch.equal(mine, expected), field.name
+    return names
+
+
+def contents(replay: EpisodeReplay) -> list[int]:
+    return sorted(numbers_of(replay.sample(replay.size, torch.Generator().manual_seed(0))))
+
+
+# --- ring buffer -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_episodes_make_room() -> None:
+    replay = EpisodeReplay(SPEC, 5, CPU)
+    for names, kept in (
+        ([1, 2, 3], [1, 2, 3]),
+        ([4], [1, 2, 3, 4]),
+        ([5, 6, 7], [3, 4, 5, 6, 7]),  # across the end
+        ([8, 9, 10, 11, 12], [8, 9, 10, 11, 12]),  # all at once
+    ):
+        replay.add(marked(names))
+        assert contents(replay) == kept
+        assert replay.size == len(kept)
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.booleans())
+def test_it_always_holds_the_newest(capacity: int, batches: list[int], avail: bool) -> None:
+    replay, added = EpisodeReplay(SPEC, capacity, CPU), 0
+    for count in batches:
+        count = min(count, capacity)
+        replay.add(marked(list(range(added, added + count)), avail))
+        added += count
+        assert contents(replay) == list(range(max(0, added - capacity), added))
+
+
+def test_what_is_sampled_is_a_copy() -> None:
+    replay = EpisodeReplay(SPEC, 3, CPU)
+    batch = marked([1, 2, 3])
+    replay.add(batch)
+    batch.obs.fill_(99.0)
+    replay.sample(3, torch.Generator()).reward.fill_(99.0)
+    assert contents(replay) == [1, 2, 3]
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_is_without_replacement_uniform_and_repeatable() -> None:
+    replay = EpisodeReplay(SPEC, 20, CPU)
+    replay.add(marked(list(range(10))))
+    g = torch.Generator().manual_seed(3)
+    counts = torch.zeros(10)
+    for _ in range(500):
+        names = numbers_of(replay.sample(4, g)) if counts.sum() < 40 else replay.sample(4, g).actions[0, 0].tolist()
+        assert len(set(names)) == 4
+        counts[names] += 1
+    # Each episode is in four tenths of the batches: 200 times, with a standard deviation of 11.
+    assert counts.sum() == 2000
+    assert float((counts - 200).abs().max()) < 40
+    draws = [numbers_of(replay.sample(10, torch.Generator().manual_seed(5))) for _ in range(2)]
+    assert draws[0] == draws[1] != sorted(draws[0])
+    assert sorted(draws[0]) == list(range(10))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("avail", [False, True])
+@pytest.mark.parametrize("added", [0, 3, 5, 7])
+def test_state_round_trip(added: int, avail: bool) -> None:
+    replay, other = EpisodeReplay(SPEC, 5, CPU), EpisodeReplay(SPEC, 5, CPU)
+    for k in range(added):
+        replay.add(marked([k], avail))
+    state = copy.deepcopy(replay.state_dict())
+    for name, value in state["data"].items():
+        assert value is None or value.shape[EPISODE_AXIS[name]] == min(added, 5), "only what is filled is saved"
+    other.load_state_dict(state)
+    for more in ([100, 101], [102, 103, 104]):
+        replay.add(marked(more, avail))
+        other.add(marked(more, avail))
+        assert replay.size == other.size
+        draws = [numbers_of(r.sample(4, torch.Generator().manual_seed(1))) for r in (replay, other)]
+        assert draws[0] == draws[1]
+
+
+# --- playing ---------------------------------------------------------------------------------------------------------------------
+
+
+class Clock(TeamEnv):
+    """Environment k ends after k+1 steps: even ones because the task does, odd ones by a time limit. All see the time and their number."""
+
+    def __init__(self, n_envs: int, bad: float | None = None) -> None:
+        self.spec, self.n_envs, self.device, self.bad = EnvSpec(2, 2, 1, 3, n_envs), n_envs, CPU, bad
+
+    def _see(self, time: Tensor) -> Observation:
+        obs = torch.stack([time.float(), torch.arange(self.n_envs).float()], -1).expand(2, -1, -1)
+        return Observation(obs, time[:, None].float(), torch.tensor([True, False, True]).expand(2, self.n_envs, 3))
+
+    def reset(self, seed: int) -> Observation:
+        self.time, self.taken = torch.zeros(self.n_envs, dtype=torch.int64), []
+        return self._see(self.time)
+
+    def step(self, actions: Tensor) -> Step:
+        self.taken.append(actions.clone())
+        self.time = self.time + 1
+        reward = self.time.float().expand(2, -1) * torch.tensor([[1.0], [10.0]])
+        if self.bad is not None:
+            reward = reward * self.bad
+        after = self._see(self.time)
+        ended = self.time == torch.arange(self.n_envs) + 1
+        even = torch.arange(self.n_envs) % 2 == 0
+        self.time = torch.where(ended, 0, self.time)
+        return Step(after, self._see(self.time), reward, ended & even, ended & ~even)
+
+
+def test_an_episode_is_recorded_up_to_its_end_and_no_further() -> None:
+    env = Clock(4)
+    batch = collect_episodes(env, RandomActor(3, torch.Generator().manual_seed(0)), seed=0)
+    length = torch.arange(4) + 1
+    time = torch.arange(4)[:, None]
+    assert torch.equal(batch.valid, time < length)
+    assert torch.equal(batch.terminated, (time == length - 1) & (length % 2 == 1)), "a time limit does not end the task"
+    assert batch.steps == 10
+    assert batch.count == 4
+    assert batch.returns().tolist() == [11.0, 33.0, 66.0, 110.0]
+    assert torch.equal(batch.actions, torch.stack(env.taken, 1))
+    assert set(batch.actions.unique().tolist()) == {0, 2}, "action 1 is not available"
+    for k in range(4):
+        assert batch.obs[0, : k + 2, k, 0].tolist() == list(range(k + 2)), "the last one is what the action led to, not the new episode"
+        assert batch.state[: k + 2, k, 0].tolist() == list(range(k + 2))
+    assert torch.equal(batch.obs[..., 1], torch.arange(4.0).expand(2, 5, 4))
+    assert batch.avail is not None
+    assert not batch.avail[..., :4, :, 1].any()
+
+
+def test_collecting_stops_when_all_episodes_have_ended() -> None:
+    env = Clock(3)
+    env.spec = EnvSpec(2, 2, 1, 3, 50)
+    collect_episodes(env, RandomActor(3, torch.Generator()), seed=0)
+    assert len(env.taken) == 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_reported(bad: float) -> None:
+    with pytest.raises(RunError, match="the environment gave a reward that is NaN or infinite"):
+        collect_episodes(Clock(3, bad), RandomActor(3, torch.Generator()), seed=0)
+
+
+def test_the_actor_is_greedy_among_what_it_may_do_and_remembers() -> None:
+    net = AgentNet(2, 3, 8, 2, make_sharing("nops", 2))
+    weights = net.snapshot("act")
+    env = Clock(4)
+    batch = collect_episodes(env, ValueActor(net, weights), seed=0)
+    with torch.no_grad():
+        q, _ = net(weights, batch.obs[:, :-1], net.initial_state(4))
+    q[..., 1] = -torch.inf
+    assert torch.equal(batch.actions[:, batch.valid], q.argmax(-1)[:, batch.valid])
+
+
+@pytest.mark.parametrize(("epsilon", "share"), [(0.0, 0.0), (0.5, 0.25), (1.0, 0.5)])
+def test_exploration_is_uniform_over_what_is_available(epsilon: float, share: float) -> None:
+    net = AgentNet(2, 3, 8, 2, make_sharing("fups", 2))
+    actor = ValueActor(net, net.snapshot("act"), epsilon, torch.Generator().manual_seed(0))
+    actor.reset(4000)
+    seen = Observation(torch.ones(2, 4000, 2), torch.zeros(4000, 1), torch.tensor([True, False, True]).expand(2, 4000, 3))
+    actions = actor(seen)
+    assert (actions != 1).all()
+    greedy = ValueActor(net, net.snapshot("act"))
+    greedy.reset(4000)
+    # Of the random actions, half are the greedy one anyway.
+    assert float((actions != greedy(seen)).float().mean()) == pytest.approx(share, abs=0.03)

@@ -1,0 +1,277 @@
+"""Sharing schemes: what all of them promise, and what is particular to some."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import k24
+from k24.envs import make_env
+from k24.errors import UsageError
+from k24.learners import ValueConfig, ValueLearner
+from k24.nets import AgentNet, Weights
+from k24.sharing import SCHEMES, DenseLinear, K24Config, Sharing, SharingConfig, make_sharing
+from k24.sparse import MaskedLinear, PatternSet, SlotWeights
+
+AGENTS, OBS, HIDDEN, ACTIONS = 3, 7, 8, 5
+PHASES = ("train", "act", "sampled", "deploy")
+K24_FAMILY = [name for name in SCHEMES if name.startswith("k24")]
+
+
+def some_net(name: str, config: SharingConfig | None = None, hidden: int = HIDDEN, seed: int = 0) -> tuple[AgentNet, Sharing]:
+    torch.manual_seed(seed)
+    sharing = make_sharing(name, AGENTS, config)
+    net = AgentNet(OBS, ACTIONS, hidden, AGENTS, sharing)
+    sharing.resample(0.3, torch.Generator().manual_seed(seed))
+    return net, sharing
+
+
+def masks_of(made: Weights) -> list[Tensor]:
+    return [(w.weight != 0).float() for w in made]
+
+
+# --- what every scheme promises --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_effective_weights_have_the_promised_shapes(name: str, phase: str) -> None:
+    net, sharing = some_net(name)
+    made = net.materialise(phase)  # type: ignore[arg-type]
+    assert len(made) == len(sharing.layers) == 6
+    inputs = OBS + AGENTS * net.agent_id
+    sizes = [(HIDDEN, inputs), (3 * HIDDEN, HIDDEN), (3 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (ACTIONS, HIDDEN)]
+    for w, (outputs, width) in zip(made, sizes, strict=True):
+        assert isinstance(w, SlotWeights)
+        assert w.weight.shape in {(AGENTS, outputs, width), (1, outputs, width)}
+        assert w.bias.shape in {(AGENTS, outputs), (1, outputs)}
+        assert w.weight.isfinite().all()
+        assert w.weight.abs().sum() > 0
+    q, h = net(made, torch.randn(AGENTS, 4, 2, OBS), net.initial_state(2))
+    assert q.shape == (AGENTS, 4, 2, ACTIONS)
+    assert h.shape == (AGENTS, 2, HIDDEN)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gradients_reach_every_parameter_that_learns(name: str) -> None:
+    net, sharing = some_net(name)
+    made = net.materialise("train")
+    torch.stack([(w.weight * torch.randn_like(w.weight)).sum() + (w.bias * torch.randn_like(w.bias)).sum() for w in made]).sum().backward()
+    learning = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    assert learning
+    for path, parameter in learning:
+        assert parameter.grad is not None, path
+        assert parameter.grad.isfinite().all(), path
+        assert parameter.grad.abs().sum() > 0, path
+    known = {id(p) for _, p in learning}
+    assert {id(p) for p, _ in sharing.trained_apart()} <= known
+    assert all(scale >= 0 for _, scale in sharing.trained_apart())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_snapshots_have_no_graph_and_do_not_follow(name: str) -> None:
+    net, _ = some_net(name)
+    for phase in PHASES:
+        kept = net.snapshot(phase)  # type: ignore[arg-type]
+        before = [w.weight.clone() for w in kept]
+        assert not any(w.weight.requires_grad or w.bias.requires_grad for w in kept)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(0.01)
+        assert all(torch.equal(w.weight, b) for w, b in zip(kept, before, strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("progress", [0.5, 1.0])
+def test_state_round_trip_after_training(name: str, progress: float) -> None:
+    env = make_env("toy/memory", 8)
+    learners = []
+    for seed in (0, 1):
+        sharing = make_sharing(name, env.spec.n_agents, SharingConfig(masks=K24Config(reset_interval=64)))
+        learners.append(ValueLearner("vdn", env.spec, sharing, ValueConfig(batch_size=8, env_steps_per_update=16), hidden=8, seed=seed))
+    trained, fresh = learners
+    for step in range(5):
+        trained.gather(env, 32 * step, seed=step)
+        trained.learn(progress * (step + 1) / 5, 32 * (step + 1))
+    trained.metrics()
+    fresh.net.load_state_dict(copy.deepcopy(trained.net.state_dict()))
+    fresh.sharing.load_state_dict(copy.deepcopy(trained.sharing.state_dict()))
+    for phase in ("act", "deploy"):
+        for a, b in zip(trained.net.snapshot(phase), fresh.net.snapshot(phase), strict=True):  # type: ignore[arg-type]
+            assert torch.equal(a.weight, b.weight)
+            assert torch.equal(a.bias, b.bias)
+    assert fresh.sharing.metrics() == trained.sharing.metrics()
+    assert len(fresh.sharing.retired()) == len(trained.sharing.retired())
+    task_loss = torch.tensor(2.0)
+    losses = []
+    for learner in learners:
+        learner.sharing.resample(0.3, torch.Generator().manual_seed(1))
+        losses.append(learner.sharing.aux_loss(learner.net.materialise("train"), task_loss))
+    assert (losses[0] is None) == (losses[1] is None)
+    assert losses[0] is None or torch.equal(losses[0], losses[1])
+
+
+def test_an_unknown_scheme_is_named_with_its_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown sharing scheme 'kaleidoskope': did you mean 'kaleidoscope'"):
+        make_sharing("kaleidoskope", 3)
+
+
+def test_every_file_of_the_folder_is_reached_from_the_table() -> None:
+    folder = Path(inspect.getfile(Sharing)).parent
+    reached = {"__init__"}
+    for name in SCHEMES:
+        net, sharing = some_net(name)
+        for thing in (sharing, *net.modules()):
+            reached |= {cls.__module__.rpartition(".")[2] for cls in type(thing).__mro__ if cls.__module__.startswith("k24.sharing.")}
+    assert {path.stem for path in folder.glob("*.py")} == reached
+
+
+def test_nets_learners_and_the_training_loop_know_no_scheme() -> None:
+    package = Path(k24.__file__).parent
+    classes = {cls.__name__ for name in SCHEMES for cls in type(make_sharing(name, 2)).__mro__} - {"Sharing", "ABC", "object"}
+    for path in [*package.glob("learners/*.py"), package / "nets.py", package / "train.py"]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            where = f"{path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in SCHEMES, where
+            elif isinstance(node, ast.Name | ast.Attribute):
+                assert (node.id if isinstance(node, ast.Name) else node.attr) not in classes, where
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("k24.sharing"):
+                assert node.module in {"k24.sharing", "k24.sharing.base"}, where
+                assert not {alias.name for alias in node.names} & classes, where
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                assert "Sharing" not in ast.unparse(node), where
+
+
+# --- K-2:4 and its controls ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", K24_FAMILY)
+@pytest.mark.parametrize("forward", ["expected", "sample", "gumbel"])
+@pytest.mark.parametrize("text", ["2:4", "1:4"])
+def test_deployed_masks_are_exactly_n_of_m_in_every_layer(name: str, forward: str, text: str) -> None:
+    net, _ = some_net(name, SharingConfig(masks=K24Config(pattern=text, forward=forward)))  # type: ignore[arg-type]
+    patterns = PatternSet.parse(text)
+    for path, made in zip(net.layers, net.materialise("deploy"), strict=True):
+        for group in (made.weight != 0).split(patterns.m, -1):
+            assert (group.sum(-1) == min(patterns.n, group.shape[-1])).all(), path
+
+
+@pytest.mark.parametrize("name", K24_FAMILY)
+def test_a_dense_recurrent_part_on_request(name: str) -> None:
+    net, sharing = some_net(name, SharingConfig(masks=K24Config(mask_rnn=False)))
+    for path, made in zip(net.layers, net.materialise("deploy"), strict=True):
+        recurrent = path.startswith("gru")
+        assert isinstance(net.layers[path], DenseLinear if recurrent else MaskedLinear)
+        assert (made.weight != 0).all() == recurrent
+    assert len(sharing.masked) == 4  # type: ignore[attr-defined]
+
+
+def test_random_masks_are_uniform_and_never_change() -> None:
+    net, sharing = some_net("k24_random", hidden=64)
+    codes = [layer.codes.clone() for layer in sharing.masked]  # type: ignore[attr-defined]
+    free = torch.cat([c[..., :2].flatten() for c in codes])
+    counts = torch.bincount(free.long(), minlength=6).double()
+    expected = counts.sum() / 6
+    assert float(((counts - expected).square() / expected).sum()) < 20.5, "chi-square, 5 degrees of freedom, 1 in 1000"
+    padded = codes[0][..., -1].flatten()
+    assert (OBS + AGENTS) % 4 == 2
+    assert (padded == 0).all(), "two real columns in the last group: both are kept"
+    masks = masks_of(net.materialise("deploy"))
+    assert (masks[1][0] != masks[1][1]).float().mean() == pytest.approx(0.5, abs=0.05), "agents have masks of their own"
+    assert sharing.trained_apart() == []
+    for progress in (0.0, 0.4, 0.8, 1.0):
+        sharing.resample(progress)
+        assert sharing.aux_loss(net.materialise("train"), torch.tensor(1.0)) is None
+        events = sharing.step(progress, int(1e6 * progress), policy_kl=9.0)
+        assert not (events.resets or events.frozen or events.retired)
+        for phase in PHASES:
+            assert all(torch.equal(a, b) for a, b in zip(masks_of(net.materialise(phase)), masks, strict=True))  # type: ignore[arg-type]
+    other, _ = some_net("k24_random", hidden=64, seed=1)
+    assert not torch.equal(masks_of(other.materialise("deploy"))[1], masks[1])
+
+
+def test_random_masks_of_a_padded_group_are_uniform_too() -> None:
+    layer = make_sharing("k24_random", 3).linear(7, 4000, "input")
+    counts = torch.bincount(layer.codes[..., 1].flatten().long(), minlength=6)  # type: ignore[operator, index, union-attr]
+    assert counts[[2, 4, 5]].sum() == 0
+    assert counts[[0, 1, 3]].float().div(12_000).tolist() == pytest.approx([1 / 3] * 3, abs=0.02)
+
+
+def test_one_shared_mask_is_the_same_for_all_and_learned() -> None:
+    net, sharing = some_net("k24_shared")
+    for phase in PHASES:
+        assert all(w.weight.shape[0] == 1 for w in net.materialise(phase))  # type: ignore[arg-type]
+    made = net.materialise("train")
+    assert sharing.aux_loss(made, torch.tensor(1.0)) is None, "nobody to differ from"
+    net(made, torch.randn(AGENTS, 3, 2, OBS), net.initial_state(2), observe=True)[0].square().sum().backward()
+    assert all(layer.alpha.grad.abs().sum() > 0 for layer in sharing.masked)  # type: ignore[attr-defined]
+    assert all(layer.ema.ne(1).any() for layer in sharing.masked)  # type: ignore[attr-defined]
+    assert sharing.metrics()["mask_hamming"] == 0.0
+
+
+def test_alphas_learn_at_their_own_rate() -> None:
+    _, sharing = some_net("k24", SharingConfig(masks=K24Config(alpha_lr_scale=7.0)))
+    assert [(id(p), s) for p, s in sharing.trained_apart()] == [(id(layer.alpha), 7.0) for layer in sharing.masked]  # type: ignore[attr-defined]
+
+
+def test_diversity_is_scaled_to_its_share_of_the_task_loss() -> None:
+    _, sharing = some_net("k24", SharingConfig(masks=K24Config(div_coef=0.2)))
+    made = [layer.materialise("train") for layer in sharing.layers]  # type: ignore[operator]
+    loss = sharing.aux_loss(made, torch.tensor(3.0))
+    assert loss is not None
+    assert loss.requires_grad
+    # Slots that are still alike are above the floor of 1/6, so diversity is given exactly its share.
+    assert loss.item() == pytest.approx(0.2 * 3.0, rel=1e-4)
+    logged = sharing.metrics()
+    assert logged["div_loss"] * logged["div_coef"] == pytest.approx(0.6, rel=1e-4)
+    assert some_net("k24", SharingConfig(masks=K24Config(div_coef=0.0)))[1].aux_loss(made, torch.tensor(3.0)) is None
+
+
+def test_a_layer_without_a_choice_does_not_disturb_diversity() -> None:
+    sharing = make_sharing("k24", 3)
+    narrow, wide = sharing.linear(2, 8, "input"), sharing.linear(8, 8, "hidden")
+    sharing.resample(0.0)
+    loss = sharing.aux_loss([narrow.materialise("train"), wide.materialise("train")], torch.tensor(1.0))  # type: ignore[operator]
+    assert loss is not None
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha_lr_scale": -1.0}, "alpha_lr_scale -1.0 must not be negative"),
+        ({"div_coef": -1.0}, r"div_coef \(=-1.0\) must not be negative"),
+        ({"reset_ratio": 1.5}, r"reset_ratio \(=1.5\) in \[0, 1\]"),
+        ({"kl_threshold": 0.0}, "kl_threshold 0.0 must be positive"),
+        ({"pattern": "4:2"}, "4:2 keeps nothing or everything"),
+    ],
+)
+def test_impossible_settings(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        K24Config(**settings)
+
+
+# --- dense schemes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_who_owns_what_in_the_dense_schemes() -> None:
+    for name, own, agent_id in (("fups", False, False), ("fups_id", False, True), ("nops", True, False)):
+        net, _ = some_net(name)
+        assert net.agent_id == agent_id
+        made = net.materialise()
+        assert {w.weight.shape[0] for w in made} == {w.bias.shape[0] for w in made} == {AGENTS if own else 1}
+        if own:
+            assert not torch.equal(made[0].weight[0], made[0].weight[1])
+            assert not torch.equal(made[0].bias[0], made[0].bias[1])
+    layer = DenseLinear(4, 2, 3, own_bias=True, bias_scale=0.1)
+    assert layer.materialise().weight.shape[0] == 1
+    assert layer.bias.shape == (3, 2)
+    assert not torch.equal(layer.bias[0], layer.bias[1])
