@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from k24.allocator import keep_freed_memory
 from k24.envs import make_env
 from k24.envs.base import EnvSpec
 from k24.errors import RunError
@@ -173,6 +174,7 @@ def bench_train(options: BenchTrain, on_row: Callable[[str, float, float], None]
         RunError: The fast path does not agree with the step-by-step one.
     """
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     spec = EnvSpec(options.agents, options.obs, options.obs * options.agents, options.actions, options.steps)
     batch = made_up_episodes(spec, options.batch)
     config = ValueConfig(batch_size=options.batch, standardise_rewards=False)

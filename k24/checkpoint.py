@@ -12,6 +12,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:
     data = buffer.getvalue()
     path = folder / f"step_{steps:012d}.pt"
     write_atomically(path, data)
-    entries = [e for e in _read_index(folder) if e["file"] != path.name]
+    entries = [e for e in _read_index(folder) if e["file"] != path.name and (folder / e["file"]).is_file()]
     entries.append({"file": path.name, "steps": steps, "sha256": hashlib.sha256(data).hexdigest()})
     write_atomically(folder / "index.json", json.dumps(entries[-KEEP:], indent=1).encode())
     kept = {e["file"] for e in entries[-KEEP:]}
@@ -73,11 +74,14 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[i
         Environment steps done and the state, or None if there is no checkpoint yet.
 
     Raises:
-        CheckpointError: The newest checkpoint is damaged or of another format.
+        CheckpointError: The newest checkpoint is damaged or of another format, or all that there were are gone.
     """
-    entries = [e for e in _read_index(folder) if (folder / e["file"]).exists()]
-    if not entries:
+    written = _read_index(folder)
+    if not written:
         return None
+    entries = [e for e in written if (folder / e["file"]).is_file()]
+    if not entries:
+        raise CheckpointError(f"checkpoint {folder / written[-1]['file']} is gone: restore it, or start over with another --out")
     path, digest = folder / entries[-1]["file"], entries[-1]["sha256"]
     before = (
         f"delete it to go on from {entries[-2]['file']}" if len(entries) > 1 else "there is no earlier one: start over with another --out"
@@ -86,15 +90,24 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[i
     if hashlib.sha256(data).hexdigest() != digest:
         raise CheckpointError(f"checkpoint {path} is damaged or cut short ({len(data)} bytes, its checksum differs): {before}")
     try:
-        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one error is enough for a file that is none of ours
+            content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is none of ours, or holds more than tensors and plain values (none of it was run): {before}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:120]}): {before}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(
             f"checkpoint {path} has format {found}, this k24 reads format {FORMAT}: use the k24 version that wrote it, or start over"
         )
-    return int(content["steps"]), content["state"]
+    steps, state = content.get("steps"), content.get("state")
+    if not isinstance(steps, int) or not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path} holds no run: {before}")
+    return steps, state
 
 
 def _read_index(folder: Path) -> list[dict[str, Any]]:
@@ -103,6 +116,8 @@ def _read_index(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not entries:
+            raise TypeError("expected a list of checkpoints")
         return [{"file": Path(e["file"]).name, "steps": int(e["steps"]), "sha256": str(e["sha256"])} for e in entries]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: restore it, or start over with another --out") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -24,6 +25,11 @@ from tyro.conf import Positional
 from k24.errors import K24Error, UsageError, unknown_name
 
 T = TypeVar("T")
+RunFolder = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
+class _HelpShown(Exception):
+    """Nothing is left to do."""
 
 
 class _Interrupted(Exception):
@@ -36,17 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; those of the process when None.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        print(f"k24 {_version()}")
-        return 0
     try:
-        if arguments[0] not in COMMANDS:
-            raise unknown_name("command", arguments[0], COMMANDS)
-        COMMANDS[arguments[0]][0](arguments[1:])
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        # Here and not at the interpreter's exit, where a reader that has left would be an error message.
+        sys.stdout.flush()
+        return status
     except K24Error as error:
         print(f"k24: {error}", file=sys.stderr)
         return error.exit_status
@@ -63,6 +63,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"k24: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"k24 {_version()}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise unknown_name("command", arguments[0], COMMANDS)
+    try:
+        COMMANDS[arguments[0]][0](arguments[1:])
+    except _HelpShown:
+        pass
     return 0
 
 
@@ -88,7 +103,7 @@ def _parse(cls: type[T], arguments: Sequence[str], command: str, default: T | No
             return tyro.cli(cls, args=list(arguments), prog=f"k24 {command}", description=description, **extra)
     except SystemExit as stop:
         if not stop.code:
-            raise
+            raise _HelpShown from None
         raise UsageError(_one_line(stderr.getvalue(), command)) from None
 
 
@@ -102,10 +117,11 @@ def _one_line(message: str, command: str) -> str:
         elif row:
             paragraphs[-1].append(row)
     first = re.sub(r"^Error parsing (--\S+: )?(\S+: )?", r"\1", " ".join(paragraphs[0])) or "wrong options"
+    first = re.sub(r"^Missing from k24 [^:]*: (\S+) .*", r"\1 is missing", first)
     for paragraph in paragraphs[1:]:
         if paragraph and paragraph[0].startswith("Perhaps you meant") and len(paragraph) > 1:
             first += f" (did you mean {paragraph[1].split()[0]}?)"
-    return f"{first.rstrip('.')}; 'k24 {command} --help' lists the options"
+    return f"{first.rstrip('.')}{'' if first.endswith('?') else ';'} 'k24 {command} --help' lists the options"
 
 
 # train ------------------------------------------------------------------------------------------------------------------------------------
@@ -120,7 +136,8 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt
-        print("\nk24: saving, then stopping (once more to stop at once)", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nk24: saving, then stopping (once more to stop at once)\n")
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -189,6 +206,8 @@ def run_training(config: Any, folder: Path | None, resume: bool = False, quiet: 
 
     folder = folder or default_folder(config)
     if resume and not (folder / "config.yaml").exists():
+        if not config.task:
+            raise UsageError(f"{folder} is no run folder (it has no config.yaml): name a task to start one there, or the --out of a run")
         print(f"nothing to resume in {folder}: starting there")
     bar = Progress(
         TextColumn("{task.description}"),
@@ -231,7 +250,7 @@ def _console() -> Any:
 class EvalOptions:
     """Play a trained policy without exploration."""
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder."""
     episodes: int = 256
     """Episodes."""
@@ -257,6 +276,8 @@ def _eval(arguments: list[str]) -> None:
 
     if options.episodes < 1:
         raise UsageError(f"episodes (={options.episodes}) must be at least 1")
+    if not 0 <= options.seed < 2**20:
+        raise UsageError(f"seed (={options.seed}) must lie in 0 … {2**20 - 1}")
     device = resolve_device(options.device)
     run = load_run(options.run, device)
     env = build_env(run.config, min(options.episodes, 64), device)
@@ -279,7 +300,7 @@ def _eval(arguments: list[str]) -> None:
 class InspectOptions:
     """Look at a run's masks."""
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder."""
     png: Path | None = None
     """Draw mask distances, pattern usage and sparsity into this file."""
@@ -361,7 +382,7 @@ def _tasks(arguments: list[str]) -> None:
 class CheckEnvOptions:
     """Check an environment."""
 
-    task: Positional[str]
+    task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")]
     """Task, as suite/name."""
 
 

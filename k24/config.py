@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +73,9 @@ class TrainConfig:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
         if self.hidden > MAX_HIDDEN:
             raise UsageError(f"hidden (={self.hidden}) is above {MAX_HIDDEN}: one layer alone would take gigabytes, use less")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed (={self.seed}) must lie in 0 … 2^63 - 1")
+        _require_finite(self)
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is not known: use auto, cpu or cuda")
         kept = PatternSet.parse(self.masks.pattern).n
@@ -78,6 +83,8 @@ class TrainConfig:
             raise UsageError(
                 f"hidden (={self.hidden}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
             )
+        if self.envs > self.learner.buffer_size:
+            raise UsageError(f"envs (={self.envs}) must not exceed buffer_size (={self.learner.buffer_size}): a round adds that many episodes")
         if self.learner.individual_rewards and self.algo != "iql":
             raise UsageError(f"individual_rewards needs algo iql, got algo {self.algo}: a mixer has one value for the team")
         _ = self.env_kwargs
@@ -100,8 +107,23 @@ class TrainConfig:
             name, equals, value = item.partition("=")
             if not equals or not name.isidentifier():
                 raise UsageError(f"env_args {item!r} is not of the form name=value: for example --env-args n_agents=5")
-            result[name] = yaml.safe_load(value)
+            if name in result:
+                raise UsageError(f"env_args gives {name} twice: leave one of them out")
+            try:
+                result[name] = yaml.safe_load(value)
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                raise UsageError(f"env_args {item!r} holds no value that can be read: put text in quotes, name='\"text\"'") from error
         return result
+
+
+def _require_finite(config: Any) -> None:
+    """Refuses a setting that is NaN or infinite: comparisons with NaN are false, so range checks may miss it."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            _require_finite(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{f.name} (={value}) must be a finite number")
 
 
 # Published settings, as changes to the defaults. See docs/algorithm.md for what they leave open.
@@ -208,6 +230,8 @@ def _read(value: Any, hint: Any, where: str) -> Any:
         return tuple(_read(v, args[0], where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
+        return float(value)  # YAML 1.1 takes 5e-4 for text, because it has no dot
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UsageError(f"{where} is {value!r}, expected {hint.__name__}")
     return value
@@ -227,9 +251,10 @@ def load_config(path: Path) -> TrainConfig:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the configuration {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise UsageError(f"cannot read the configuration {path}: {reason}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from error
     return from_dict(TrainConfig, values, str(path))
 
 

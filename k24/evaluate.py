@@ -75,14 +75,14 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> Run:
     steps, state = found
     env = build_env(config, 1, device)
     learner = build_learner(config, env)
-    restore(learner.load_policy_state, state["learner"], folder)
+    restore(learner.load_policy_state, state, folder)
     return Run(config, learner, steps)
 
 
 def restore(load, state: dict, folder: Path) -> None:
-    """Calls a ``load_state_dict`` and turns a misfit into one clear line."""
+    """Gives a learner its part of a checkpoint and turns a misfit into one clear line."""
     try:
-        load(state)
+        load(state["learner"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(

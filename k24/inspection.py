@@ -164,5 +164,5 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     _pyplot().close(figure)

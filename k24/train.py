@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from k24.allocator import keep_freed_memory
 from k24.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.errors import UsageError
@@ -73,7 +74,7 @@ class MetricLog:
                     continue  # the line that a kill cut short
         write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
-        self._board = SummaryWriter(str(folder), purge_step=steps or None)
+        self._board = SummaryWriter(str(folder), purge_step=steps + 1)
 
     def write(self, steps: int, metrics: dict[str, float]) -> None:
         """Logs one line."""
@@ -98,8 +99,15 @@ def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     """Makes a run folder, or checks that one may be resumed.
 
     Raises:
-        UsageError: It exists and ``resume`` is not set, or it holds a run of another configuration.
+        UsageError: It exists and ``resume`` is not set, it holds a run of another configuration, or it can't be written.
     """
+    try:
+        _prepare_folder(config, folder, resume)
+    except OSError as error:
+        raise UsageError(f"cannot write the run folder {folder} ({error.strerror}): choose another --out") from error
+
+
+def _prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     written = folder / "config.yaml"
     if folder.exists() and any(folder.iterdir()):
         if not resume:
@@ -147,6 +155,7 @@ def train(
     folder = folder or default_folder(config)
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
+    keep_freed_memory()
     env = build_env(config, config.envs, device)
     eval_env = build_env(config, config.eval_episodes, device)
     learner = build_learner(config, env)
@@ -158,7 +167,7 @@ def train(
     found = load_checkpoint(folder / "checkpoints", device) if resume else None
     if found is not None:
         steps, state = found
-        restore(learner.load_state_dict, state["learner"], folder)
+        restore(learner.load_state_dict, state, folder)
         rounds, next_log, next_eval, next_checkpoint = (int(state[k]) for k in ("rounds", "next_log", "next_eval", "next_checkpoint"))
         metrics = dict(state["metrics"])
     first, start = steps, time.perf_counter()
@@ -198,14 +207,15 @@ def train(
                 log.write(steps, metrics)
             if on_progress is not None:
                 on_progress(Progress(steps, config.steps, speed(), metrics))
-            if steps >= next_checkpoint and not done:
+            stop = should_stop is not None and should_stop()
+            if (stop or steps >= next_checkpoint) and not done:
                 next_checkpoint = _after(steps, config.checkpoint_every)
                 save()
-            if should_stop is not None and should_stop() and not done:
-                save()
-                return Result(folder, steps, False, {}, speed())
+                if stop:
+                    return Result(folder, steps, False, {}, speed())
         rate = speed()
-        save()
+        if steps > first:
+            save()
         evaluation = {
             **summary(play(learner.actor("deploy"), eval_env, max(config.eval_episodes, 256), EVAL_SEED + 500)),
             "steps": steps,

@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).parents[1] / "k24"
 # nothing of the training wing is installed, so only the parts under "where the wings meet" may see both.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "allocator": set(),
     # running
     "sparse": set(),
     "kernels": {"sparse"},
@@ -42,8 +43,8 @@ LAYERS: dict[str, set[str]] = {
     "inspection": {"sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint", "export", "evaluate"},
     # on top
     "report": {"config"},
-    "train": {"sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "report"},
-    "bench": {"sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint", "export", "train"},
+    "train": {"allocator", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "report"},
+    "bench": {"allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint", "export", "train"},
     "sweep": {"envs", "config", "checkpoint", "evaluate", "report", "train"},
     "cli": {
         *("sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),

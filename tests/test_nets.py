@@ -160,6 +160,10 @@ def test_only_the_learners_own_pass_is_observed() -> None:
     assert all(layer.ema.ne(1).any() for layer in layers.values())
     assert torch.allclose(layers["fc1"].ema[:, :OBS], obs.abs().mean((1, 2)), atol=1e-6)
     assert torch.allclose(layers["fc1"].ema[:, OBS:], torch.eye(AGENTS))
+    states = [h]
+    for t in range(obs.shape[1] - 1):
+        states.append(net(weights, obs[:, t : t + 1], states[-1])[1])
+    assert torch.allclose(layers["gru_recurrent"].ema, torch.stack(states).abs().mean((0, 2)), atol=1e-6), "the states that it multiplies"
 
 
 @pytest.mark.parametrize("name", ["k24", "k24_shared"])

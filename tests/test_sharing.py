@@ -93,7 +93,7 @@ def test_state_round_trip_after_training(name: str, progress: float) -> None:
     env = make_env("toy/memory", 8)
     learners = []
     for seed in (0, 1):
-        sharing = make_sharing(name, env.spec.n_agents, SharingConfig(masks=K24Config(reset_interval=64)))
+        sharing = make_sharing(name, env.spec.n_agents, SharingConfig(masks=K24Config(reset_interval=3)))
         learners.append(ValueLearner("vdn", env.spec, sharing, ValueConfig(batch_size=8, env_steps_per_update=16), hidden=8, seed=seed))
     trained, fresh = learners
     for step in range(5):

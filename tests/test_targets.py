@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from math import log2, sqrt
 
 import pytest
@@ -176,15 +177,19 @@ def test_what_is_recorded_behind_an_episodes_end_changes_nothing(algo: str, retu
     batch.valid = torch.arange(5)[:, None] < length
     batch.terminated[length[1] - 1, 1] = True
     learner.sharing.resample(0.3)
+    before = copy.deepcopy(learner.net.state_dict())
     results = []
     for garbage in (0.0, 1e3):
         behind = torch.arange(6)[:, None] > length
         batch.obs[:, behind], batch.state[behind] = garbage, garbage
         batch.reward[:, ~batch.valid], batch.actions[:, ~batch.valid] = garbage, int(garbage > 0)
+        learner.net.load_state_dict(before)
         learner.net.zero_grad()
-        loss = learner.td_loss(batch, learner.net.materialise("train"))
+        loss = learner.td_loss(batch, learner.net.materialise("train"), observe=True)
         loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in learner.net.parameters())])
+        seen = [value.clone() for name, value in learner.net.named_buffers() if name.endswith(".ema")]
+        assert all(not value.eq(1).all() for value in seen)
+        results.append([loss.detach(), *seen, *(p.grad.clone() for p in learner.net.parameters())])
     assert results[0][0] > 0
     for clean, dirty in zip(*results, strict=True):
         assert torch.allclose(clean, dirty, atol=1e-7)

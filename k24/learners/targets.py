@@ -94,5 +94,6 @@ def masked_mse(error: Tensor, valid: Tensor | None) -> Tensor:
     """
     if valid is None:
         return error.square().mean()
-    weight = valid.expand_as(error).to(error.dtype)
-    return (error.square() * weight).sum() / weight.sum().clamp_min(1.0)
+    counts = valid.expand_as(error)
+    # Chosen, not multiplied by zero: what lies behind an episode's end may be anything, NaN included.
+    return torch.where(counts, error, 0.0).square().sum() / counts.sum().clamp_min(1)

@@ -61,8 +61,7 @@ class _GruSequence(torch.autograd.Function):
         w_t, bias = weight_h.transpose(1, 2), bias_h[:, None]
         x_rz, x_n = gates_x[..., : 2 * hidden].unbind(1), gates_x[..., 2 * hidden :].unbind(1)
         rz, r, z, h_n = (
-            gates[..., part].unbind(1)
-            for part in (slice(2 * hidden), slice(hidden), slice(hidden, 2 * hidden), slice(2 * hidden, None))
+            gates[..., part].unbind(1) for part in (slice(2 * hidden), slice(hidden), slice(hidden, 2 * hidden), slice(2 * hidden, None))
         )
         products, candidates, states = gates.unbind(1), n.unbind(1), h.unbind(1)
         for t in range(steps):

@@ -6,8 +6,8 @@ gathered per row.
 
 Life of a mask, as with dropout or batch normalisation:
 
-* ``layer.train()``: the mask of the present step. ``resample(progress)`` draws it, and it holds until the next call. The forward pass also
-  updates the running mean of the inputs' magnitude.
+* ``layer.train()``: the mask of the present step. ``resample(progress)`` sets its temperature and draws what is drawn,
+  and both hold until the next call. The forward pass also updates the running mean of the inputs' magnitude.
 * ``layer.eval()``: the most likely pattern of every group.
 * after ``freeze()``: the pattern that was most likely then, for good, in both modes.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from k24.errors import UsageError
 from k24.sparse.dynamics import TemperatureSchedule
+from k24.sparse.fused import masked_weight
 from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import (
     Logits,
@@ -223,9 +224,29 @@ class MaskedLinear(nn.Module):
             mask if that is what trains, else
                 the most likely one), a fresh draw (``sampled``), or the most likely one (``deploy``). After a freeze they are all the same.
         """
-        mask, pi = self._mask(phase)
         bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
-        return SlotWeights(self.weight * mask, bias[None], pi if pi is None else pi[..., : self.free_groups])
+        if self._is_fused(phase):
+            weight, pi, self._in_use, codes = masked_weight(
+                self.weight,
+                self.alpha,
+                self.running_magnitude(),
+                self.patterns,
+                self.config.kappa / self.temperature,
+                self._noise,
+                self._drawn,
+            )
+            self._drawn = codes if self._noise is not None else None
+        else:
+            mask, pi = self._mask(phase)
+            weight = self.weight * mask
+        return SlotWeights(weight, bias[None], pi if pi is None else pi[..., : self.free_groups])
+
+    def _is_fused(self, phase: Phase) -> bool:
+        """Whether the one-step form of :mod:`k24.sparse.fused` covers this case."""
+        forward = self.config.forward
+        if self.frozen or self.config.logits != "log" or phase in ("sampled", "deploy"):
+            return False
+        return forward == "expected" or (forward == "sample" and phase == "train" and self._noise is not None)
 
     def mask(self) -> Tensor:
         """The mask in force ``[A, O, I]``: this step's in training mode, the most likely one in evaluation mode."""
@@ -273,6 +294,7 @@ class MaskedLinear(nn.Module):
         """
         if self.frozen:
             return
+        before = self.running_magnitude()
         self.seen += 1
         if int(self.seen) % self.config.ema_every:
             return
@@ -290,7 +312,7 @@ class MaskedLinear(nn.Module):
             present = count > 0
         now = now.sqrt() if rms else now
         if present is not None:
-            now = torch.where(present, now, self.running_magnitude())
+            now = torch.where(present, now, before)
         self.last_magnitude.copy_(now)
         self.ema.lerp_(now, 1 - self.config.ema_momentum)
 
@@ -333,20 +355,20 @@ class MaskedLinear(nn.Module):
     def _forward_rows(self, x: Tensor, slots: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if x.dim() != 2:
             raise UsageError(f"with slots=, MaskedLinear takes [rows, features], got {tuple(x.shape)}")
+        y = by_segments(x, slots, self.n_slots, lambda slot, rows: F.linear(rows, weight[slot], bias[0]))
         if self.training and torch.is_grad_enabled() and not self.frozen:
-            owned = slots >= 0
-            one_hot = F.one_hot(slots.clamp_min(0), self.n_slots).t().bool() & owned
-            self._observe_rows(x.detach(), one_hot)
-        return by_segments(x, slots, self.n_slots, lambda slot, rows: F.linear(rows, weight[slot], bias[0]))
+            self._observe_rows(x.detach(), F.one_hot(slots.clamp_min(0), self.n_slots).t().bool() & (slots >= 0))
+        return y
 
     def _observe_rows(self, x: Tensor, member: Tensor) -> None:
         """Running magnitude from rows of mixed slots: one product per call, no copy of x per slot."""
+        before = self.running_magnitude()
         self.seen += 1
         if int(self.seen) % self.config.ema_every:
             return
         rms = self.config.ema_norm == "rms"
         count = member.sum(1, keepdim=True)
         mean = member.to(x.dtype) @ (x.square() if rms else x.abs()) / count.clamp_min(1)
-        now = torch.where(count > 0, mean.sqrt() if rms else mean, self.running_magnitude())
+        now = torch.where(count > 0, mean.sqrt() if rms else mean, before)
         self.last_magnitude.copy_(now)
         self.ema.lerp_(now, 1 - self.config.ema_momentum)

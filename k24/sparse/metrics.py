@@ -76,7 +76,7 @@ def mask_metrics(layers: Sequence[MaskedLinear], previous: Sequence[Tensor] | No
     masks = [patterns.mask(layer.best_codes(), layer.in_features) for layer in layers]
     # Groups that padding leaves no choice say nothing about choices.
     codes = [layer.best_codes()[..., : layer.free_groups] for layer in layers]
-    total = sum(c.numel() for c in codes)
+    total = max(sum(c.numel() for c in codes), 1)
     usage = (
         torch.stack([layer.probabilities().detach()[..., : layer.free_groups].double().sum((1, 2, 3)) for layer in layers]).sum(0) / total
     )
@@ -100,6 +100,8 @@ def mask_metrics(layers: Sequence[MaskedLinear], previous: Sequence[Tensor] | No
 def pattern_agreement(codes: Sequence[Tensor]) -> Tensor:
     """Share of groups in which two slots choose the same pattern, float32 ``[A, A]`` with ones on the diagonal."""
     flat = torch.cat([c.flatten(1) for c in codes], 1)
+    if not flat.shape[1]:
+        return torch.ones(len(flat), len(flat))
     return torch.stack([(flat == row).float().mean(1) for row in flat])
 
 

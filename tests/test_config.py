@@ -1,0 +1,218 @@
+"""The configuration: what it refuses, and that what is written to a file comes back as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from k24 import config as config_module
+from k24.config import PRESETS, TrainConfig, first_difference, from_dict, load_config, preset, save_config, to_dict
+from k24.errors import UsageError
+from k24.learners import LEARNERS, ValueConfig
+from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig
+
+OTHER = TrainConfig(
+    task="toy/memory",
+    algo="iql",
+    sharing="kaleidoscope",
+    steps=123,
+    seed=2**62,
+    agent_id="no",
+    env_args=("n_cues=3", "max_steps=5"),
+    learner=ValueConfig(lr=1e-7, individual_rewards=True, td_lambda=0.5, optimiser="rmsprop"),
+    masks=K24Config(pattern="1:4", freeze_at=0.3, diversity="hamming", hetero_init_scale=0.1 + 0.2),
+    kaleidoscope=KaleidoscopeConfig(div_coef=5.0),
+)
+
+
+# --- values --------------------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_a_valid_run():
+    config = TrainConfig()
+    assert (config.algo, config.sharing, config.masks.pattern) == ("qmix", "k24", "2:4")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_change_the_defaults(name):
+    assert first_difference(TrainConfig(), preset(name)) is not None
+
+
+def test_the_help_of_a_name_lists_what_there_is():
+    """The sentences that list schemes and learners are written by hand."""
+    source = Path(config_module.__file__).read_text(encoding="utf-8")
+    for field, names in (("sharing", SCHEMES), ("algo", LEARNERS)):
+        line = re.search(rf'\n    {field}: str = .*\n    """(.*)"""', source)[1]
+        assert set(re.findall(r"[a-z0-9_]+", line.split(":")[1])) - {"or"} == set(names)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"algo": "qmx"}, "unknown algorithm 'qmx': did you mean 'qmix'?"),
+        ({"sharing": "k25"}, "unknown sharing scheme 'k25': did you mean 'k24'?"),
+        ({"sharing": "zzzzzzz"}, "unknown sharing scheme 'zzzzzzz': known: fups, fups_id, "),
+        ({"steps": 0}, "steps (=0) must be at least 1"),
+        ({"envs": -3}, "envs (=-3) must be at least 1"),
+        ({"hidden": 0}, "hidden (=0) must be at least 1"),
+        ({"threads": 0}, "threads (=0) must be at least 1"),
+        ({"log_every": 0}, "log_every (=0) must be at least 1"),
+        ({"eval_every": 0}, "eval_every (=0) must be at least 1"),
+        ({"eval_episodes": 0}, "eval_episodes (=0) must be at least 1"),
+        ({"checkpoint_every": -1}, "checkpoint_every (=-1) must be at least 1"),
+        ({"seed": -1}, "seed (=-1) must lie in 0 … 2^63 - 1"),
+        ({"seed": 2**63}, "must lie in 0 … 2^63 - 1"),
+        ({"device": "gpu"}, "device 'gpu' is not known: use auto, cpu or cuda"),
+        ({"hidden": 1}, "hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or more"),
+        ({"hidden": 3, "masks": {"pattern": "4:8"}}, "hidden (=3) fits no 4:8 mask, which keeps 4 weights of a group: use 4 or more"),
+        ({"hidden": 100_000}, "hidden (=100000) is above 16384"),
+        ({"envs": 5001}, "envs (=5001) must not exceed buffer_size (=5000)"),
+        ({"learner": {"individual_rewards": True}}, "individual_rewards needs algo iql, got algo qmix: a mixer has one value for the team"),
+        ({"learner": {"n_step": 3, "td_lambda": 0.5}}, "td_lambda (=0.5) and n_step (=3) exclude each other: set one of them"),
+        ({"learner": {"lr": 0.0}}, "lr (=0.0) must be positive"),
+        ({"learner": {"lr": -1}}, "lr (=-1.0) must be positive"),
+        ({"learner": {"gamma": 1.5}}, "gamma (=1.5)"),
+        ({"learner": {"batch_size": 0}}, "batch_size"),
+        ({"learner": {"buffer_size": 3}}, "buffer_size (=3) must be at least batch_size (=32)"),
+        ({"learner": {"epsilon_finish": 0.5, "epsilon_start": 0.1}}, "0 <= epsilon_finish (=0.5) <= epsilon_start (=0.1) <= 1"),
+        ({"learner": {"grad_clip": 0.0}}, "grad_clip 0.0 must be positive"),
+        ({"masks": {"pattern": "4:4"}}, "pattern 4:4 keeps nothing or everything: use N:M with 0 < N < M, for example 2:4"),
+        ({"masks": {"pattern": "2-4"}}, "pattern '2-4' is not of the form N:M: use for example 2:4, 1:4 or 4:8"),
+        ({"masks": {"pattern": "8:16"}}, "pattern 8:16 has 12870 states, at most 256 are supported"),
+        ({"masks": {"reset_ratio": 1.5}}, "reset_ratio (=1.5) in [0, 1]"),
+        ({"masks": {"freeze_at": 0.0}}, "freeze_at 0.0 must be positive"),
+        ({"masks": {"temperature_min": 9.0}}, "temperature_min (=9.0) <= temperature_init (=5.0)"),
+        ({"masks": {"anneal_end": 0.0}}, "anneal_start (=0.0) < anneal_end (=0.0) <= 1"),
+        ({"masks": {"hetero_init_scale": float("nan")}}, "hetero_init_scale (=nan) must be a finite number"),
+        ({"masks": {"alpha_lr_scale": float("inf")}}, "alpha_lr_scale (=inf) must be a finite number"),
+        ({"learner": {"lr": float("inf")}}, "lr (=inf) must be a finite number"),
+        ({"kaleidoscope": {"reset_interval": 0}}, "reset_interval >= 1 (=0)"),
+        ({"env_args": ["n_agents"]}, "env_args 'n_agents' is not of the form name=value: for example --env-args n_agents=5"),
+        ({"env_args": ["=3"]}, "env_args '=3' is not of the form name=value"),
+        ({"env_args": ["a b=3"]}, "env_args 'a b=3' is not of the form name=value"),
+        ({"env_args": ["a=["]}, "env_args 'a=[' holds no value that can be read"),
+        ({"env_args": ["a=2001-99-99"]}, "env_args 'a=2001-99-99' holds no value that can be read"),
+        ({"env_args": ["a=1", "a=2"]}, "env_args gives a twice: leave one of them out"),
+    ],
+)
+def test_wrong_values_name_themselves_and_the_remedy(values, message):
+    with pytest.raises(UsageError) as caught:
+        from_dict(TrainConfig, values, "here")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_every_number_is_checked_for_nan():
+    """Comparisons with NaN are false, so that a range check written the wrong way round lets it pass."""
+    for part in ("learner", "masks", "kaleidoscope"):
+        for f in dataclasses.fields(getattr(TrainConfig(), part)):
+            if f.type in (float, "float", "float | None"):
+                with pytest.raises(UsageError, match="nan"):
+                    from_dict(TrainConfig, {part: {f.name: float("nan")}}, "here")
+
+
+def test_small_nets_are_fine_where_nothing_is_masked():
+    assert TrainConfig(hidden=1, sharing="nops").hidden == 1
+
+
+def test_env_args_are_read_as_what_they_look_like():
+    config = TrainConfig(env_args=("a=3", "b=0.5", "c=true", "d=text", "e=", "f='3'", "g=x=y", "h=[1, 2]"))
+    assert config.env_kwargs == {"a": 3, "b": 0.5, "c": True, "d": "text", "e": None, "f": "3", "g": "x=y", "h": [1, 2]}
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TrainConfig(), OTHER, *map(preset, PRESETS)], ids=["defaults", "other", *PRESETS])
+def test_a_file_holds_the_whole_configuration(tmp_path, config):
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    written = yaml.safe_load(path.read_text())
+    assert written == to_dict(config)
+    assert list(written) == [f.name for f in dataclasses.fields(TrainConfig)]
+    assert list(written["masks"]) == [f.name for f in dataclasses.fields(K24Config)]
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("task: toy/matrix\nlearner: {lr: 1}\n")
+    assert load_config(path) == TrainConfig(task="toy/matrix", learner=ValueConfig(lr=1.0))
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5E-4", "0.0005", "5.0e-4", "+5e-4"])
+def test_exponents_are_numbers(tmp_path, text):
+    """YAML 1.1 takes 5e-4 for text, because it has no dot."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"learner:\n  lr: {text}\n")
+    assert load_config(path).learner.lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "{path} must hold 'name: value' lines, got NoneType"),
+        ("- 1\n", "{path} must hold 'name: value' lines, got list"),
+        ("just words", "{path} must hold 'name: value' lines, got str"),
+        ("a: [", "{path} is no YAML: "),
+        ("\x00\x01", "{path} is no YAML: "),
+        ("a: 2001-99-99", "{path} is no YAML: month must be in 1..12"),
+        ("[" * 5000, "{path} is no YAML: "),
+        ("!!python/object/apply:os.mkdir [executed]", "{path} is no YAML: could not determine a constructor"),
+        ("stepz: 3", "{path}: unknown setting 'stepz': did you mean 'steps'?"),
+        ("masks: {patern: '2:4'}", "{path}: masks: unknown setting 'patern': did you mean 'pattern'?"),
+        ("3: 4", "{path}: unknown setting '3': known: "),
+        ("steps: many", "{path}: steps is 'many', expected int"),
+        ("steps: 3.5", "{path}: steps is 3.5, expected int"),
+        ("steps: true", "{path}: steps is True, expected int"),
+        ("steps: null", "{path}: steps is None, expected int"),
+        ("task: 3", "{path}: task is 3, expected str"),
+        ("agent_id: maybe", "{path}: agent_id is 'maybe', expected one of auto, yes, no"),
+        ("env_args: n_agents=3", "{path}: env_args is 'n_agents=3', expected a list"),
+        ("env_args: [3]", "{path}: env_args is 3, expected str"),
+        ("learner: 3", "{path}: learner must hold 'name: value' lines, got int"),
+        ("learner: {lr: high}", "{path}: learner: lr is 'high', expected float"),
+        ("learner: {double_q: 1}", "{path}: learner: double_q is 1, expected bool"),
+        ("learner: {lr: .nan}", "lr (=nan) must be positive"),
+        ("masks: {freeze_at: soon}", "{path}: masks: freeze_at is 'soon', expected float"),
+        ("algo: qmx", "unknown algorithm 'qmx': did you mean 'qmix'?"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(message.format(path=path)) and "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
+    for name, reason in (("missing", "No such file or directory"), (".", "Is a directory"), ("binary", "it is no text")):
+        with pytest.raises(UsageError) as caught:
+            load_config(tmp_path / name)
+        assert str(caught.value) == f"cannot read the configuration {tmp_path / name}: {reason}"
+
+
+def test_unknown_preset():
+    with pytest.raises(UsageError, match="unknown preset 'epymrl': did you mean 'epymarl'"):
+        preset("epymrl")
+
+
+# --- comparison ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_difference_has_a_dotted_name_and_both_values():
+    a = TrainConfig()
+    assert first_difference(a, a) is None
+    assert first_difference(a, dataclasses.replace(a, seed=3)) == ("seed", 0, 3)
+    assert first_difference(a, dataclasses.replace(a, device="cpu"), ("device",)) is None
+    assert first_difference(a, dataclasses.replace(a, masks=K24Config(kappa=2.0))) == ("masks.kappa", 1.0, 2.0)
+    b = dataclasses.replace(a, device="cpu", masks=K24Config(freeze_at=0.5))
+    assert first_difference(a, b, ("device",)) == ("masks.freeze_at", None, 0.5)
