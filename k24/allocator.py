@@ -1,7 +1,8 @@
 """Keeping freed memory instead of handing it back to the system between gradient steps.
 
-An update allocates and frees the same few dozen megabytes every time. By default glibc returns large blocks to the kernel and fetches them again, page by page: some
-8 000 page faults in one update of 8 agents with 128 hidden units, a quarter of its time on a virtual machine. Raising two thresholds keeps the pages.
+An update allocates and frees the same few dozen megabytes every time. By default glibc returns large blocks to the
+kernel and fetches them again, page by page: some 8 000 page faults in one update of 8 agents with 128 hidden units, a
+quarter of its time on a virtual machine. Raising two thresholds keeps the pages.
 """
 
 from __future__ import annotations

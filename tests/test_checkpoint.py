@@ -159,7 +159,8 @@ def test_cut_short(two):
         with pytest.raises(CheckpointError) as caught:
             load_checkpoint(two)
         assert str(caught.value) == (
-            f"checkpoint {path} is damaged or cut short ({length} bytes, its checksum differs): delete it to go on from step_000000000010.pt"
+            f"checkpoint {path} is damaged or cut short ({length} bytes, its checksum differs): "
+            "delete it to go on from step_000000000010.pt"
         )
 
 
