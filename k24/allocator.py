@@ -29,4 +29,5 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # musl has no mallopt
         return False
     settings = ((_MMAP_THRESHOLD, _LARGEST_FROM_HEAP), (_TRIM_THRESHOLD, _KEEP), (_TOP_PAD, _PAD))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    taken = [mallopt(name, value) == 1 for name, value in settings]
+    return all(taken)

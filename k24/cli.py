@@ -318,7 +318,8 @@ def _inspect(arguments: list[str]) -> None:
     found = inspect_run(run)
     console = Console()
     title = f"{run.config.task}  {run.config.algo}-{run.config.sharing}  step {run.steps:,}"
-    table = Table(title=title, title_justify="left")
+    console.print(title)
+    table = Table()
     table.add_column("layer")
     table.add_column("sparsity", justify="right")
     for name, sparsity in found["layers"].items():

@@ -84,7 +84,9 @@ class TrainConfig:
                 f"hidden (={self.hidden}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
             )
         if self.envs > self.learner.buffer_size:
-            raise UsageError(f"envs (={self.envs}) must not exceed buffer_size (={self.learner.buffer_size}): a round adds that many episodes")
+            raise UsageError(
+                f"envs (={self.envs}) must not exceed buffer_size (={self.learner.buffer_size}): a round adds that many episodes"
+            )
         if self.learner.individual_rewards and self.algo != "iql":
             raise UsageError(f"individual_rewards needs algo iql, got algo {self.algo}: a mixer has one value for the team")
         _ = self.env_kwargs

@@ -49,8 +49,10 @@ def resolve_device(name: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` as a device.
 
     Raises:
-        UsageError: CUDA was asked for and there is none.
+        UsageError: It is none of these, or CUDA was asked for and there is none.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not known: use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' was asked for but torch finds no CUDA device: use --device cpu, or install a CUDA build of torch")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

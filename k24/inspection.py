@@ -115,7 +115,7 @@ def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:
 
 def _matrix(axis: Any, values: Tensor) -> None:
     top = max(0.5, float(values.max()))
-    axis.imshow(values, cmap="viridis", vmin=0, vmax=top)
+    axis.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=top)
     n = len(values)
     if n <= 12:
         for i in range(n):

@@ -1,65 +1,19 @@
-"""How masks move during training: the temperature, resets, the freeze.
+"""What is set anew while masks are trained, and what an optimiser must then forget.
 
-Two phases. In the first the temperature falls from ``init`` to 1 and patterns are explored; in the second from 1 to
-``minimum`` and they commit. Resets keep alternatives alive while they can still matter; the freeze makes training and
-deployment one function.
+Resets keep alternatives alive while they can still matter: alphas that never get their weight kept, weights that no slot keeps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from k24.errors import UsageError
-
-if TYPE_CHECKING:
-    from k24.sparse.layers import MaskedLinear
+from k24.sparse.layers import MaskedLinear
 
 # A weight that was kept in fewer than this share of the training steps since the last reset counts as never selected.
 RARELY_KEPT = 0.01
-
-
-@dataclass(frozen=True)
-class TemperatureSchedule:
-    """Temperature as a pure function of training progress.
-
-    Attributes:
-        init: tau before ``start``.
-        minimum: tau after ``end``.
-        start: Share of training where it begins to fall.
-        end: Share of training where it has fallen.
-    """
-
-    init: float = 5.0
-    minimum: float = 0.1
-    start: float = 0.0
-    end: float = 0.8
-
-    def __post_init__(self) -> None:
-        """Checks the order of the ends."""
-        if not 0 < self.minimum <= self.init:
-            raise UsageError(f"temperatures must satisfy 0 < temperature_min (={self.minimum}) <= temperature_init (={self.init})")
-        if not 0 <= self.start < self.end <= 1:
-            raise UsageError(f"annealing must satisfy 0 <= anneal_start (={self.start}) < anneal_end (={self.end}) <= 1")
-
-    def __call__(self, progress: float) -> float:
-        """Returns tau.
-
-        Linear from ``init`` to 1 over the first half of the annealing window and from 1 to ``minimum`` over the second;
-        where 1 does not lie between the ends, one straight line.
-
-        Args:
-            progress: Share of training done; clamped to [0, 1].
-        """
-        x = min(max((progress - self.start) / (self.end - self.start), 0.0), 1.0)
-        if not self.minimum < 1.0 < self.init:
-            return self.init + (self.minimum - self.init) * x
-        if x < 0.5:
-            return self.init + (1.0 - self.init) * 2 * x
-        return 1.0 + (self.minimum - 1.0) * (2 * x - 1)
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,14 @@ class _MaskedWeight(torch.autograd.Function):
         ctx.patterns, ctx.scale, ctx.padding = patterns, scale, padding
         ctx.save_for_backward(weight, alpha, mask, pi)
         ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)
         return weight * mask, pi, mask.detach(), codes
 
     @staticmethod
-    def backward(ctx, grad: Tensor, grad_pi: Tensor | None, _mask: Tensor | None, _codes: Tensor | None):
+    def backward(ctx, grad: Tensor | None, grad_pi: Tensor | None, _mask: Tensor | None, _codes: Tensor | None):
         weight, alpha, mask, pi = ctx.saved_tensors
         patterns: PatternSet = ctx.patterns
+        grad = torch.zeros_like(mask) if grad is None else grad
         table = patterns.table.to(grad)
         grad_mask = grad * weight
         if ctx.padding:

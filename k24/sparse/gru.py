@@ -113,8 +113,6 @@ def gru_sequence(gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor) 
     Returns:
         States after each step ``[A, T, N, H]``.
     """
-    if gates_x.shape[1] == 1:
-        return gru_step(gates_x[:, 0], h0, weight_h, bias_h)[:, None]
     return _GruSequence.apply(gates_x, h0, weight_h, bias_h)
 
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k24.errors import UsageError
-from k24.sparse.dynamics import TemperatureSchedule
 from k24.sparse.fused import masked_weight
 from k24.sparse.patterns import PatternSet
+from k24.sparse.schedule import TemperatureSchedule
 from k24.sparse.scoring import (
     Logits,
     MaskForward,
@@ -226,7 +226,7 @@ class MaskedLinear(nn.Module):
         """
         bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
         if self._is_fused(phase):
-            weight, pi, self._in_use, codes = masked_weight(
+            made: tuple[Tensor, Tensor | None, Tensor, Tensor] = masked_weight(
                 self.weight,
                 self.alpha,
                 self.running_magnitude(),
@@ -235,6 +235,7 @@ class MaskedLinear(nn.Module):
                 self._noise,
                 self._drawn,
             )
+            weight, pi, self._in_use, codes = made
             self._drawn = codes if self._noise is not None else None
         else:
             mask, pi = self._mask(phase)

@@ -1,0 +1,538 @@
+"""The command line from end to end: what it prints, leaves behind and refuses, and that a kill at any moment costs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import BASE, Broken, assert_same_run
+
+from k24 import cli
+from k24 import train as train_module
+from k24.checkpoint import load_checkpoint
+from k24.cli import main
+from k24.config import TrainConfig
+from k24.envs import make_env
+from k24.train import train
+
+# 20 rounds of 16 steps, as options.
+TOY = [
+    *("train", "toy/memory", "--steps", "320", "--envs", "4", "--hidden", "8", "--device", "cpu"),
+    *("--log-every", "16", "--eval-every", "64", "--eval-episodes", "64", "--checkpoint-every", "96"),
+    *("--lr", "5e-3", "--batch-size", "8", "--buffer-size", "32", "--env-steps-per-update", "8", "--target-update", "7"),
+    *("--epsilon-anneal", "200"),
+]
+# A run of some seconds, so that a signal meets it at work: 100 rounds, a checkpoint every 5.
+LONG = [*TOY, "--steps", "6400", "--envs", "16", "--checkpoint-every", "320", "--env-steps-per-update", "64"]
+
+
+def start(*arguments: str, cwd: Path, **options) -> subprocess.Popen[str]:
+    """Runs ``python -m k24`` in a process of its own."""
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, "-m", "k24", *arguments], cwd=cwd, text=True, **pipe)
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    """Runs a command that must succeed; returns what it printed."""
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err == "", err
+    return out
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Waits until something holds or the process has ended."""
+    end = time.monotonic() + 120
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    """The one line on stderr with which a command is refused."""
+    capfd.readouterr()
+    assert main(arguments) == status
+    out, err = capfd.readouterr()
+    assert err.startswith("k24: ") and err.endswith("\n") and err.count("\n") == 1, err
+    return err.removeprefix("k24: ").rstrip("\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+# --- kill and resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place) -> Path:
+    """The long run, in one go."""
+    assert main([*LONG, "--out", str(place / "whole"), "--quiet"]) == 0
+    return place / "whole"
+
+
+@pytest.fixture(scope="module")
+def killed(place) -> tuple[Path, str]:
+    """The same run, killed at several moments and resumed each time; and what the last command printed."""
+    folder = place / "killed"
+    checkpoints = folder / "checkpoints"
+    chance = random.Random(1)
+
+    def steps() -> int:
+        return max((int(p.stem[5:]) for p in checkpoints.glob("step_*.pt")), default=0)
+
+    def written(least: int) -> Callable[[], bool]:
+        return lambda: steps() >= least
+
+    moments: list[Callable[[], object]] = [
+        lambda: (folder / "config.yaml").exists(),
+        lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0,
+        lambda: any(checkpoints.glob("*.tmp")),  # while a checkpoint is written
+        written(1600 + 320 * chance.randrange(4)),
+        written(4200 + 320 * chance.randrange(4)),
+    ]
+    reached = []
+    for k, moment in enumerate(moments):
+        process = start(*LONG, "--out", str(folder), *(["--resume"] if k else []), cwd=place)
+        wait_for(moment, process)
+        time.sleep(chance.random() * 0.05)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+        reached.append(steps())
+    assert reached[0] == reached[1] == 0 < reached[2] <= reached[3] < reached[4] < 6400
+    # Leftovers, had a kill come in the middle of a write.
+    (checkpoints / "step_000000009999.pt.tmp").write_bytes(b"half a checkpoint")
+    (checkpoints / "index.json.tmp").write_bytes(b"[")
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write('{"steps": 99')
+    return folder, run("train", "--resume", "--out", str(folder), cwd=place)
+
+
+def test_kill_9_at_any_moment_costs_nothing(uninterrupted, killed):
+    folder, out = killed
+    assert_same_run(uninterrupted, folder)
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+    assert last_json(out)["folder"] == str(folder)
+
+
+def test_train_prints_its_result_last(killed):
+    folder, out = killed
+    found = last_json(out)
+    evaluation = json.loads((folder / "eval.json").read_text())
+    assert found.items() >= evaluation.items()
+    assert found.keys() == evaluation.keys() | {"folder", "env_steps_per_s"}
+    assert {p.name.split(".")[0] for p in folder.iterdir()} == {"checkpoints", "config", "eval", "events", "metrics"}
+
+
+def test_eval_of_a_run(killed, place):
+    folder, _ = killed
+    out = run("eval", str(folder), "--episodes", "100", cwd=place)
+    found = last_json(out)
+    assert {"return_mean", "return_ci95", "episodes"} <= found.keys()
+    assert found["episodes"] == 100 and found["policy"] == "qmix-k24" and found["task"] == "toy/memory" and found["steps"] == 6400
+    low, high = found["return_ci95"]
+    assert low <= found["return_mean"] <= high
+
+
+def test_eval_repeats_itself_and_knows_other_policies(killed, capsys):
+    folder, _ = killed
+
+    def value(*options: str) -> float:
+        assert main(["eval", str(folder), "--device", "cpu", *options]) == 0
+        return last_json(capsys.readouterr().out)["return_mean"]
+
+    assert value() == value()
+    assert value("--masks", "sampled") == value("--masks", "expected") == value()  # frozen, so they are all the same
+    assert value("--random") == pytest.approx(0.5, abs=0.15)
+
+
+def test_inspect_of_a_run(killed, place):
+    folder, _ = killed
+    out = run("inspect", str(folder), "--png", "deep/masks.png", cwd=place)
+    found = last_json(out)
+    assert {"overall_sparsity", "pattern_entropy", "mask_hamming", "params", "macs_per_act", "bytes"} <= found.keys()
+    assert 0.4 < found["overall_sparsity"] <= 0.5 and 0 <= found["mask_hamming"] <= 1 and found["bytes"] < 4 * found["params"]
+    assert (place / "deep/masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_configuration_file_repeats_a_run(killed, uninterrupted, place, capsys):
+    folder, _ = killed
+    assert main(["train", "--config", str(folder / "config.yaml"), "--out", str(place / "other")]) == 0
+    assert_same_run(uninterrupted, place / "other")
+    assert (place / "other" / "config.yaml").read_text() == (folder / "config.yaml").read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_says_how_to_go_on(uninterrupted, tmp_path, name, capsys):
+    folder = tmp_path / "run"
+    process = start(*LONG, "--checkpoint-every", "1000000", "--out", str(folder), cwd=tmp_path)
+    log = folder / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size > 0, process)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    steps = load_checkpoint(folder / "checkpoints")[0]
+    assert 0 < steps < 6400
+    assert err.strip().splitlines() == [
+        "k24: saving, then stopping (once more to stop at once)",
+        f"k24: stopped at step {steps} of 6400, saved: 'k24 train --resume --out {folder}' goes on",
+    ]
+    assert not (folder / "eval.json").exists() and "{" not in out
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    for file in ("metrics.jsonl", "eval.json"):
+        assert (folder / file).read_text() == (uninterrupted / file).read_text()
+    capsys.readouterr()
+
+
+def test_a_second_signal_stops_at_once(capfd):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), cli._stop_on_signal() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert capfd.readouterr().err.count("saving, then stopping") == 1
+
+
+def test_a_simulator_is_killed_resumed_and_drawn(tmp_path, capsys):
+    pytest.importorskip("vmas")
+    options = ["train", "mpe/simple_spread", "--steps", "1000", "--envs", "2", "--hidden", "8", "--device", "cpu", "--batch-size", "2"]
+    options += ["--env-steps-per-update", "25", "--buffer-size", "8", "--checkpoint-every", "100", "--log-every", "50"]
+    process = start(*options, "--out", str(tmp_path / "parts"), cwd=tmp_path)
+    index = tmp_path / "parts" / "checkpoints" / "index.json"
+    wait_for(index.exists, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert main([*options, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    gif = tmp_path / "episode.gif"
+    assert main(["eval", str(tmp_path / "parts"), "--episodes", "2", "--gif", str(gif)]) == 0
+    assert gif.read_bytes().startswith(b"GIF89a")
+    assert str(gif) in capsys.readouterr().out
+
+
+# --- help and lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_version_and_lists(capfd):
+    for arguments, expected in (
+        (["--help"], "usage: k24 COMMAND"),
+        (["-h"], "usage: k24 COMMAND"),
+        (["--version"], "k24 "),
+        (["tasks"], "mpe/simple_spread"),
+        (["bench"], "usage: k24 bench"),
+        *(([name, "--help"], f"k24 {name}") for name in cli.COMMANDS),
+    ):
+        assert main(arguments) == 0, arguments
+        out, err = capfd.readouterr()
+        assert expected in out and err == "", arguments
+    assert main([]) == 2
+    out, _ = capfd.readouterr()
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+def test_help_names_every_setting(capfd):
+    assert main(["train", "--help"]) == 0
+    out = capfd.readouterr().out
+    config = TrainConfig()
+    names = [f.name for part in (config, config.learner, config.masks) for f in dataclasses.fields(part)]
+    names += [f"kaleidoscope.{f.name}" for f in dataclasses.fields(config.kaleidoscope)]
+    flags = {f"--{n.replace('_', '-')}" for n in names if n not in ("learner", "masks", "kaleidoscope")}
+    assert flags <= set(re.findall(r"--[a-z][a-z.0-9-]*", out))
+    for option in ("--out", "--resume", "--config", "--preset", "--quiet"):
+        assert option in out
+
+
+def test_check_env(capfd):
+    assert main(["check-env", "toy/matrix"]) == 0
+    out, _ = capfd.readouterr()
+    found = last_json(out)
+    assert found["ok"] is True and len(found["checks"]) == len(out.splitlines()) - 1
+
+
+@pytest.mark.parametrize("arguments", [["tasks"], ["train", "--help"]])
+def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(*arguments, cwd=tmp_path, stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert err == "" and process.returncode == 1
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "unknown command 'trian': did you mean 'train'?"),
+        ("train", "no task given: 'k24 tasks' lists them, for example mpe/simple_spread"),
+        ("train toy/matrx", "unknown task 'toy/matrx': did you mean 'toy/matrix'?"),
+        ("train matrix", "unknown task 'matrix': did you mean 'toy/matrix'?"),
+        ("train tooy/matrix", "unknown environment suite 'tooy': did you mean 'toy'?"),
+        ("train toy/matrix --stepz 3", "Unrecognized options: --stepz, 3 (did you mean --steps?); 'k24 train --help' lists the options"),
+        ("train toy/matrix extra", "Unrecognized options: extra; 'k24 train --help' lists the options"),
+        ("train toy/matrix --algo qmx", "unknown algorithm 'qmx': did you mean 'qmix'? 'k24 train --help' lists the options"),
+        ("train toy/matrix --sharing k25", "unknown sharing scheme 'k25': did you mean 'k24'? 'k24 train --help' lists the options"),
+        ("train toy/matrix --steps abc", "--steps: invalid literal for int() with base 10: 'abc'; 'k24 train --help' lists the options"),
+        ("train toy/matrix --steps 1.5", "--steps: invalid literal for int() with base 10: '1.5'"),
+        ("train toy/matrix --lr fast", "--lr: could not convert string to float: 'fast'"),
+        ("train toy/matrix --diversity much", "invalid choice 'much' for argument '--diversity'. Expected one of ('orthogonality', "),
+        ("train toy/matrix --kaleidoscope.div-coef x", "--kaleidoscope.div-coef: could not convert string to float: 'x'"),
+        ("train toy/matrix --steps", "Missing value for argument '--steps'"),
+        ("train toy/matrix --out", "--out wants a value"),
+        ("train toy/matrix --steps -3", "steps (=-3) must be at least 1"),
+        ("train toy/matrix --envs 0", "envs (=0) must be at least 1"),
+        ("train toy/matrix --seed -1", "seed (=-1) must lie in 0"),
+        ("train toy/matrix --seed 99999999999999999999", "seed (=99999999999999999999) must lie in 0"),
+        ("train toy/matrix --lr 0", "lr (=0.0) must be positive"),
+        ("train toy/matrix --lr nan", "lr (=nan) must be positive"),
+        ("train toy/matrix --lr inf", "lr (=inf) must be a finite number"),
+        ("train toy/matrix --hidden 1", "hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or more"),
+        ("train toy/matrix --hidden 3 --pattern 4:8", "hidden (=3) fits no 4:8 mask, which keeps 4 weights of a group: use 4 or more"),
+        ("train toy/matrix --agent-id no", "in_features (=1) is below the 2 weights that 2:4 keeps of each group"),
+        ("train toy/matrix --pattern 4:4", "pattern 4:4 keeps nothing or everything: use N:M with 0 < N < M, for example 2:4"),
+        ("train toy/matrix --pattern 2-4", "pattern '2-4' is not of the form N:M: use for example 2:4, 1:4 or 4:8"),
+        ("train toy/matrix --n-step 3 --td-lambda 0.5", "td_lambda (=0.5) and n_step (=3) exclude each other: set one of them"),
+        ("train toy/matrix --individual-rewards", "individual_rewards needs algo iql, got algo qmix: a mixer has one value for the team"),
+        ("train toy/matrix --device gpu", "device 'gpu' is not known: use auto, cpu or cuda"),
+        ("train toy/matrix --env-args n_agents", "env_args 'n_agents' is not of the form name=value: for example --env-args n_agents=5"),
+        ("train toy/matrix --env-args a=[", "env_args 'a=[' holds no value that can be read"),
+        ("train toy/memory --env-args n_cue=3", "unknown option of toy/memory 'n_cue': did you mean 'n_cues'?"),
+        ("train toy/memory --env-args n_cues=1", "toy/memory: n_cues must be at least 2, got 1"),
+        ("train toy/matrix --preset epymrl", "unknown preset 'epymrl': did you mean 'epymarl'?"),
+        ("train toy/matrix --config x --preset epymarl", "--config x and --preset epymarl exclude each other: give one of them"),
+        ("train --config no.yaml", "cannot read the configuration no.yaml: No such file or directory"),
+        ("train --resume --out nowhere", "nowhere is no run folder (it has no config.yaml): name a task to start one there, or the --out of a run"),
+        ("eval", "RUN is missing; 'k24 eval --help' lists the options"),
+        ("eval nowhere", "nowhere is no run folder (it has no config.yaml): give one that 'k24 train' made"),
+        ("eval nowhere --episodes 0", "episodes (=0) must be at least 1"),
+        ("eval nowhere --episodes -5", "episodes (=-5) must be at least 1"),
+        ("eval nowhere --seed -1", "seed (=-1) must lie in 0"),
+        ("eval nowhere --masks best", "invalid choice 'best' for argument '--masks'. Expected one of ('argmax', 'sampled', 'expected')"),
+        ("eval nowhere --device gpu", "device 'gpu' is not known: use auto, cpu or cuda"),
+        ("inspect", "RUN is missing"),
+        ("inspect nowhere", "nowhere is no run folder"),
+        ("check-env", "TASK is missing"),
+        ("check-env toy/matrx", "unknown task 'toy/matrx': did you mean 'toy/matrix'?"),
+        ("bench inferense", "unknown benchmark 'inferense': "),
+    ],
+)
+def test_bad_input_is_one_line(capfd, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert refused(capfd, *arguments.split()).startswith(message)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_that_is_not_there(capfd, tmp_path, finished):
+    message = "device 'cuda' was asked for but torch finds no CUDA device: use --device cpu, or install a CUDA build of torch"
+    assert refused(capfd, *TOY, "--device", "cuda", "--out", str(tmp_path / "run")) == message
+    assert refused(capfd, "eval", str(finished), "--device", "cuda") == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_that_cannot_be_written(capfd, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert refused(capfd, *TOY, "--out", str(out)) == f"cannot write the run folder {out} (Not a directory): choose another --out"
+    assert contents(tmp_path) == {"file": b"no folder"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A short run with two checkpoints; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(BASE, folder)
+    return folder
+
+
+def test_the_options_of_these_tests_are_their_configuration(finished, tmp_path, capsys):
+    assert main([*TOY, "--out", str(tmp_path / "run")]) == 0
+    assert_same_run(finished, tmp_path / "run")
+    capsys.readouterr()
+
+
+def test_a_run_that_exists_is_left_alone(capfd, finished):
+    before = contents(finished)
+    found = refused(capfd, *TOY, "--out", str(finished))
+    assert found == f"run folder {finished} exists: add --resume to go on with it, or choose another --out"
+    found = refused(capfd, "train", "--resume", "--out", str(finished), "--lr", "0.1")
+    assert found == f"{finished} was started with learner.lr=0.005, now it is 0.1: resume with the same settings, or choose another --out"
+    found = refused(capfd, "train", "toy/matrix", "--resume", "--out", str(finished))
+    assert found.startswith(f"{finished} was started with task=toy/memory, now it is toy/matrix")
+    assert contents(finished) == before
+
+
+def test_pictures_that_cannot_be_made(capfd, finished, tmp_path):
+    gif = tmp_path / "x.gif"
+    assert refused(capfd, "eval", str(finished), "--gif", str(gif)) == "this environment cannot be drawn: leave --gif out"
+    (tmp_path / "file").write_text("")
+    refused(capfd, "inspect", str(finished), "--png", str(tmp_path / "file" / "x.png"), status=1)
+    # The name's ending does not matter.
+    assert main(["inspect", str(finished), "--png", str(tmp_path / "x.txt")]) == 0
+    assert (tmp_path / "x.txt").read_bytes().startswith(b"\x89PNG")
+
+
+# --- damaged runs --------------------------------------------------------------------------------------------------------------
+
+
+def _newest(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("*.pt"))[-1]
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Puts other contents in the newest checkpoint, and their checksum in the index."""
+    path.write_bytes(data)
+    index = path.parent / "index.json"
+    entries = json.loads(index.read_text())
+    entries[-1]["sha256"] = hashlib.sha256(data).hexdigest()
+    index.write_text(json.dumps(entries))
+
+
+class _Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def _cut(folder: Path) -> None:
+    _newest(folder).write_bytes(_newest(folder).read_bytes()[:-100])
+
+
+def _flip(folder: Path) -> None:
+    data = bytearray(_newest(folder).read_bytes())
+    data[len(data) // 2] ^= 1
+    _newest(folder).write_bytes(data)
+
+
+def _pickle(folder: Path) -> None:
+    _replace(_newest(folder), pickle.dumps({"format": 1, "steps": 320, "state": _Bomb(str(folder / "executed"))}))
+
+
+def _format(folder: Path) -> None:
+    torch.save({"format": 99, "steps": 320, "state": {}}, folder / "x")
+    _replace(_newest(folder), (folder / "x").read_bytes())
+
+
+def _empty_state(folder: Path) -> None:
+    torch.save({"format": 1, "steps": 320, "state": {}}, folder / "x")
+    _replace(_newest(folder), (folder / "x").read_bytes())
+
+
+def _index(folder: Path) -> None:
+    (folder / "checkpoints" / "index.json").write_text("no json")
+
+
+def _gone(folder: Path) -> None:
+    for path in (folder / "checkpoints").glob("*.pt"):
+        path.unlink()
+
+
+def _config(old: str, new: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "config.yaml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return damage
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (_cut, "is damaged or cut short ("),
+    "flipped": (_flip, "bytes, its checksum differs): delete it to go on from step_000000000288.pt"),
+    "code": (_pickle, "holds more than tensors and plain values (none of it was run): delete it to go on from step_000000000288.pt"),
+    "format": (_format, "has format 99, this k24 reads format 1: use the k24 version that wrote it, or start over"),
+    "empty": (_empty_state, "does not fit its config.yaml (KeyError: 'learner'): restore the config it was made with"),
+    "index": (_index, "checkpoints/index.json is damaged: restore it, or start over with another --out"),
+    "gone": (_gone, "step_000000000320.pt is gone: restore it, or start over with another --out"),
+    "config: garbage": (_config("task:", "[\x00"), "config.yaml is no YAML: "),
+    "config: unknown setting": (_config("seed:", "sead:"), "config.yaml: unknown setting 'sead': did you mean 'seed'?"),
+    "config: wrong kind": (_config("hidden: 8", "hidden: big"), "config.yaml: hidden is 'big', expected int"),
+    "config: other net": (_config("hidden: 8", "hidden: 12"), "does not fit its config.yaml (RuntimeError: "),
+    "config: other scheme": (_config("sharing: k24", "sharing: nops"), "does not fit its config.yaml (RuntimeError: "),
+    "config: other task": (_config("task: toy/memory", "task: toy/matrix"), "does not fit its config.yaml (RuntimeError: "),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_one_line_and_left_as_it_is(capfd, finished, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    damage, message = DAMAGE[name]
+    damage(folder)
+    before = contents(folder)
+    for command in (["eval", str(folder)], ["inspect", str(folder)], ["train", "--resume", "--out", str(folder)]):
+        found = refused(capfd, *command)
+        assert message in found and str(folder) in found, found
+    assert contents(folder) == before
+    assert not (folder / "executed").exists()
+
+
+def test_the_remedy_for_a_damaged_checkpoint_works(finished, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    _cut(folder)
+    _newest(folder).unlink()
+    assert main(["train", "--resume", "--out", str(folder)]) == 0
+    assert_same_run(finished, folder)
+    capsys.readouterr()
+
+
+def test_a_run_without_a_checkpoint(capfd, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    for command in ("eval", "inspect"):
+        assert refused(capfd, command, str(folder)) == f"{folder} has no checkpoint yet: train longer, or resume it with --resume"
+
+
+# --- failures while running ----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number(capfd, tmp_path):
+    found = refused(capfd, *TOY, "--out", str(tmp_path / "run"), "--lr", "30", "--checkpoint-every", "1", status=1)
+    assert found.startswith("loss_td is ") and "lower lr (=30.0)" in found
+    assert main(["eval", str(tmp_path / "run"), "--episodes", "4"]) == 0
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+def test_an_environment_that_gives_nan(capfd, tmp_path, monkeypatch, what):
+    def broken(config: TrainConfig, n_envs: int, device: torch.device) -> Broken:
+        return Broken(make_env(config.task, n_envs, device), what, float("nan"), after=9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "build_env", broken)
+        found = refused(capfd, *TOY, "--eval-every", "1000", "--out", str(tmp_path / "run"), status=1)
+    assert found.startswith(f"the environment gave a {what} that is NaN or infinite: check it with 'k24 check-env'")
+    assert main(["eval", str(tmp_path / "run"), "--episodes", "4"]) == 0
