@@ -74,10 +74,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         raise unknown_name("command", arguments[0], COMMANDS)
-    try:
+    with contextlib.suppress(_HelpShown):
         COMMANDS[arguments[0]][0](arguments[1:])
-    except _HelpShown:
-        pass
     return 0
 
 

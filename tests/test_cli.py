@@ -23,7 +23,6 @@ from test_train import BASE, Broken, assert_same_run
 
 from k24 import cli
 from k24 import train as train_module
-from k24.checkpoint import load_checkpoint
 from k24.cli import main
 from k24.config import TrainConfig
 from k24.envs import make_env
@@ -59,14 +58,14 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
     end = time.monotonic() + 120
     while not condition() and process.poll() is None:
         assert time.monotonic() < end
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
     """The one line on stderr with which a command is refused."""
     capfd.readouterr()
     assert main(arguments) == status
-    out, err = capfd.readouterr()
+    err = capfd.readouterr().err
     assert err.startswith("k24: ") and err.endswith("\n") and err.count("\n") == 1, err
     return err.removeprefix("k24: ").rstrip("\n")
 
@@ -94,72 +93,100 @@ def uninterrupted(place) -> Path:
     return place / "whole"
 
 
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process of the interrupted run ended."""
+
+    status: int
+    steps: int
+    """Of the newest checkpoint."""
+    out: str
+    err: str
+
+
 @pytest.fixture(scope="module")
-def killed(place) -> tuple[Path, str]:
-    """The same run, killed at several moments and resumed each time; and what the last command printed."""
-    folder = place / "killed"
+def interrupted(place) -> tuple[Path, list[Ended]]:
+    """The same run, ended by signals at several moments and resumed each time."""
+    folder = place / "interrupted"
     checkpoints = folder / "checkpoints"
     chance = random.Random(1)
 
     def steps() -> int:
         return max((int(p.stem[5:]) for p in checkpoints.glob("step_*.pt")), default=0)
 
-    def written(least: int) -> Callable[[], bool]:
-        return lambda: steps() >= least
+    def in_the_middle_of_a_write() -> bool:
+        return any(checkpoints.glob("*.tmp"))
 
-    moments: list[Callable[[], object]] = [
-        lambda: (folder / "config.yaml").exists(),
-        lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size > 0,
-        lambda: any(checkpoints.glob("*.tmp")),  # while a checkpoint is written
-        written(1600 + 320 * chance.randrange(4)),
-        written(4200 + 320 * chance.randrange(4)),
+    moments: list[tuple[int, Callable[[], object]]] = [
+        (signal.SIGKILL, (folder / "config.yaml").exists),
+        (signal.SIGKILL, in_the_middle_of_a_write),
+        (signal.SIGTERM, lambda: steps() >= before + 960),
+        (signal.SIGKILL, lambda: steps() >= before + 320 * chance.randint(3, 6)),
+        (signal.SIGINT, lambda: steps() >= before + 960),
     ]
-    reached = []
-    for k, moment in enumerate(moments):
+    ends = []
+    for k, (number, moment) in enumerate(moments):
+        before = steps()
         process = start(*LONG, "--out", str(folder), *(["--resume"] if k else []), cwd=place)
         wait_for(moment, process)
-        time.sleep(chance.random() * 0.05)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-        reached.append(steps())
-    assert reached[0] == reached[1] == 0 < reached[2] <= reached[3] < reached[4] < 6400
+        time.sleep(chance.random() * 0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        ends.append(Ended(process.returncode, steps(), out, err))
     # Leftovers, had a kill come in the middle of a write.
     (checkpoints / "step_000000009999.pt.tmp").write_bytes(b"half a checkpoint")
     (checkpoints / "index.json.tmp").write_bytes(b"[")
     with open(folder / "metrics.jsonl", "a") as log:
         log.write('{"steps": 99')
-    return folder, run("train", "--resume", "--out", str(folder), cwd=place)
+    process = start("train", "--resume", "--out", str(folder), cwd=place)
+    out, err = process.communicate(timeout=120)
+    return folder, [*ends, Ended(process.returncode, steps(), out, err)]
 
 
-def test_kill_9_at_any_moment_costs_nothing(uninterrupted, killed):
-    folder, out = killed
+def test_signals_at_any_moment_cost_nothing(uninterrupted, interrupted):
+    """Kill -9 before, while and after a checkpoint is written, SIGTERM and SIGINT; the end is the same bit for bit."""
+    folder, ends = interrupted
+    assert [e.status for e in ends] == [-signal.SIGKILL, -signal.SIGKILL, 130, -signal.SIGKILL, 130, 0]
+    steps = [e.steps for e in ends]
+    assert steps == sorted(steps) and steps[1] < steps[2] < steps[3] < steps[4] < steps[5] == 6400
+    assert ends[-1].err == ""
     assert_same_run(uninterrupted, folder)
     assert not list((folder / "checkpoints").glob("*.tmp"))
-    assert last_json(out)["folder"] == str(folder)
 
 
-def test_train_prints_its_result_last(killed):
-    folder, out = killed
-    found = last_json(out)
+@pytest.mark.parametrize("which", [2, 4], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_says_how_to_go_on(interrupted, which):
+    folder, ends = interrupted
+    end = ends[which]
+    assert end.err.strip().splitlines() == [
+        "k24: saving, then stopping (once more to stop at once)",
+        f"k24: stopped at step {end.steps} of 6400, saved: 'k24 train --resume --out {folder}' goes on",
+    ]
+    assert "{" not in end.out
+
+
+def test_train_prints_its_result_last(interrupted):
+    folder, ends = interrupted
+    found = last_json(ends[-1].out)
     evaluation = json.loads((folder / "eval.json").read_text())
     assert found.items() >= evaluation.items()
+    assert found["folder"] == str(folder)
     assert found.keys() == evaluation.keys() | {"folder", "env_steps_per_s"}
     assert {p.name.split(".")[0] for p in folder.iterdir()} == {"checkpoints", "config", "eval", "events", "metrics"}
 
 
-def test_eval_of_a_run(killed, place):
-    folder, _ = killed
-    out = run("eval", str(folder), "--episodes", "100", cwd=place)
-    found = last_json(out)
+def test_eval_of_a_run(interrupted, capsys):
+    folder, _ = interrupted
+    assert main(["eval", str(folder), "--episodes", "100"]) == 0
+    found = last_json(capsys.readouterr().out)
     assert {"return_mean", "return_ci95", "episodes"} <= found.keys()
     assert found["episodes"] == 100 and found["policy"] == "qmix-k24" and found["task"] == "toy/memory" and found["steps"] == 6400
     low, high = found["return_ci95"]
     assert low <= found["return_mean"] <= high
 
 
-def test_eval_repeats_itself_and_knows_other_policies(killed, capsys):
-    folder, _ = killed
+def test_eval_repeats_itself_and_knows_other_policies(interrupted, capsys):
+    folder, _ = interrupted
 
     def value(*options: str) -> float:
         assert main(["eval", str(folder), "--device", "cpu", *options]) == 0
@@ -170,8 +197,8 @@ def test_eval_repeats_itself_and_knows_other_policies(killed, capsys):
     assert value("--random") == pytest.approx(0.5, abs=0.15)
 
 
-def test_inspect_of_a_run(killed, place):
-    folder, _ = killed
+def test_inspect_of_a_run(interrupted, place):
+    folder, _ = interrupted
     out = run("inspect", str(folder), "--png", "deep/masks.png", cwd=place)
     found = last_json(out)
     assert {"overall_sparsity", "pattern_entropy", "mask_hamming", "params", "macs_per_act", "bytes"} <= found.keys()
@@ -179,33 +206,11 @@ def test_inspect_of_a_run(killed, place):
     assert (place / "deep/masks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_configuration_file_repeats_a_run(killed, uninterrupted, place, capsys):
-    folder, _ = killed
+def test_a_configuration_file_repeats_a_run(interrupted, uninterrupted, place, capsys):
+    folder, _ = interrupted
     assert main(["train", "--config", str(folder / "config.yaml"), "--out", str(place / "other")]) == 0
     assert_same_run(uninterrupted, place / "other")
     assert (place / "other" / "config.yaml").read_text() == (folder / "config.yaml").read_text()
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_says_how_to_go_on(uninterrupted, tmp_path, name, capsys):
-    folder = tmp_path / "run"
-    process = start(*LONG, "--checkpoint-every", "1000000", "--out", str(folder), cwd=tmp_path)
-    log = folder / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.stat().st_size > 0, process)
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    steps = load_checkpoint(folder / "checkpoints")[0]
-    assert 0 < steps < 6400
-    assert err.strip().splitlines() == [
-        "k24: saving, then stopping (once more to stop at once)",
-        f"k24: stopped at step {steps} of 6400, saved: 'k24 train --resume --out {folder}' goes on",
-    ]
-    assert not (folder / "eval.json").exists() and "{" not in out
-    assert main(["train", "--resume", "--out", str(folder)]) == 0
-    for file in ("metrics.jsonl", "eval.json"):
-        assert (folder / file).read_text() == (uninterrupted / file).read_text()
     capsys.readouterr()
 
 
@@ -220,23 +225,14 @@ def test_a_second_signal_stops_at_once(capfd):
     assert capfd.readouterr().err.count("saving, then stopping") == 1
 
 
-def test_a_simulator_is_killed_resumed_and_drawn(tmp_path, capsys):
+def test_an_episode_can_be_drawn(tmp_path, capsys):
     pytest.importorskip("vmas")
-    options = ["train", "mpe/simple_spread", "--steps", "1000", "--envs", "2", "--hidden", "8", "--device", "cpu", "--batch-size", "2"]
-    options += ["--env-steps-per-update", "25", "--buffer-size", "8", "--checkpoint-every", "100", "--log-every", "50"]
-    process = start(*options, "--out", str(tmp_path / "parts"), cwd=tmp_path)
-    index = tmp_path / "parts" / "checkpoints" / "index.json"
-    wait_for(index.exists, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert main([*options, "--out", str(tmp_path / "parts"), "--resume"]) == 0
-    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    options = ["--steps", "100", "--envs", "2", "--hidden", "8", "--device", "cpu", "--batch-size", "2", "--buffer-size", "8"]
+    assert main(["train", "mpe/simple_spread", *options, "--out", str(tmp_path / "run")]) == 0
     gif = tmp_path / "episode.gif"
-    assert main(["eval", str(tmp_path / "parts"), "--episodes", "2", "--gif", str(gif)]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--episodes", "2", "--gif", str(gif)]) == 0
     assert gif.read_bytes().startswith(b"GIF89a")
-    assert str(gif) in capsys.readouterr().out
+    assert f"episode drawn in {gif}\n" in capsys.readouterr().out
 
 
 # --- help and lists ------------------------------------------------------------------------------------------------------------
@@ -332,7 +328,10 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
         ("train toy/matrix --preset epymrl", "unknown preset 'epymrl': did you mean 'epymarl'?"),
         ("train toy/matrix --config x --preset epymarl", "--config x and --preset epymarl exclude each other: give one of them"),
         ("train --config no.yaml", "cannot read the configuration no.yaml: No such file or directory"),
-        ("train --resume --out nowhere", "nowhere is no run folder (it has no config.yaml): name a task to start one there, or the --out of a run"),
+        (
+            "train --resume --out nowhere",
+            "nowhere is no run folder (it has no config.yaml): name a task to start one there, or the --out of a run",
+        ),
         ("eval", "RUN is missing; 'k24 eval --help' lists the options"),
         ("eval nowhere", "nowhere is no run folder (it has no config.yaml): give one that 'k24 train' made"),
         ("eval nowhere --episodes 0", "episodes (=0) must be at least 1"),
