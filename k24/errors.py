@@ -10,6 +10,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Said with every failure while running: true also before the first checkpoint was written.
+LAST_GOOD = "checkpoints written before are still good"
+
 
 class K24Error(Exception):
     """Base of every error that k24 raises on purpose."""
@@ -41,5 +44,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}" if known else "there are none"
     return UsageError(f"unknown {kind} {name!r}: {hint}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from k24.envs.base import Observation, TeamEnv
-from k24.errors import RunError
+from k24.errors import LAST_GOOD, RunError
 from k24.learners.replay import Episodes
 from k24.nets import AgentNet
 from k24.sparse.slots import SlotWeights
@@ -127,6 +127,4 @@ def _check_finite(batch: Episodes) -> None:
     for name in ("obs", "state", "reward"):
         values = getattr(batch, name)
         if not bool(torch.isfinite(values).all()):
-            raise RunError(
-                f"the environment gave a {name} that is NaN or infinite: check it with 'k24 check-env', the last checkpoint is still good"
-            )
+            raise RunError(f"the environment gave a {name} that is NaN or infinite: check it with 'k24 check-env'; {LAST_GOOD}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from k24.envs.base import EnvSpec, TeamEnv
-from k24.errors import RunError, UsageError
+from k24.errors import LAST_GOOD, RunError, UsageError
 from k24.learners.mixers import make_mixer, track
 from k24.learners.replay import EpisodeReplay, Episodes
 from k24.learners.rollout import RandomActor, ValueActor, collect_episodes
@@ -87,8 +87,9 @@ class ValueConfig:
             )
         if not 0 <= self.gamma <= 1 or not 0 <= self.td_lambda <= 1 or not 0 <= self.target_tau <= 1:
             raise UsageError(f"gamma (={self.gamma}), td_lambda (={self.td_lambda}) and target_tau (={self.target_tau}) must lie in [0, 1]")
-        if min(self.batch_size, self.n_step, self.target_update, self.env_steps_per_update, self.mixer_embed, self.hypernet_hidden) < 1:
-            raise UsageError("batch_size, n_step, target_update, env_steps_per_update, mixer_embed and hypernet_hidden must be at least 1")
+        for name in ("batch_size", "n_step", "target_update", "env_steps_per_update", "mixer_embed", "hypernet_hidden"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
         if self.buffer_size < self.batch_size:
             raise UsageError(f"buffer_size (={self.buffer_size}) must be at least batch_size (={self.batch_size})")
         if self.td_lambda > 0 and self.n_step > 1:
@@ -247,13 +248,18 @@ class ValueLearner:
         if value != value or value in (float("inf"), float("-inf")):
             raise RunError(
                 f"loss_td is {value} after {self.updates} updates: lower lr (={self.config.lr}) or grad_clip (={self.config.grad_clip}); "
-                "the last checkpoint is still good"
+                f"{LAST_GOOD}"
             )
         aux = self.sharing.aux_loss(weights, loss.detach())
         self.optimiser.zero_grad(set_to_none=True)
         (loss if aux is None else loss + aux).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True)
+        if not bool(torch.isfinite(norm)):
+            raise RunError(
+                f"the gradient is {float(norm)} after {self.updates} updates, parameters are as they were: lower lr (={self.config.lr}) "
+                f"or div_coef; {LAST_GOOD}"
+            )
         self.optimiser.step()
         self.updates += 1
         self._acting = None

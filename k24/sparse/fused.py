@@ -1,8 +1,9 @@
 """Log scores, pattern distribution, mask and masked weight in one differentiable step.
 
-What :mod:`k24.sparse.scoring` composes out of small functions, for the default case (``log`` logits, ``expected`` or ``sample`` forward) and with the backward pass
-written by hand: half the memory traffic and a third of the operations of the composition, which stays the definition that the tests compare with.
-With ``s = log S``, ``q = softmax(c · T s)`` over patterns (T the 0/1 table) and ``mask = Tᵀ q``::
+What :mod:`k24.sparse.scoring` composes out of small functions, for the default case (``log`` logits, ``expected`` or
+``sample`` forward) and with the backward pass written by hand: half the memory traffic and a third of the operations of
+the composition, which stays the definition that the tests compare with. With ``s = log S``, ``q = softmax(c · T s)``
+over patterns (T the 0/1 table) and ``mask = Tᵀ q``::
 
     dL/dq = T · dL/dmask + dL/dpi      dL/dl = q ∘ (dL/dq - q·dL/dq)      dL/dalpha = c · Tᵀ dL/dl ∘ sigmoid(-alpha)
 """

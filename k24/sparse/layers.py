@@ -320,7 +320,7 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def count_usage(self) -> None:
         """Adds this step's mask to the tally that resets go by."""
-        if self._in_use is not None:
+        if self._in_use is not None and not self.frozen:
             self.usage += self._in_use
             self.usage_steps += 1
 
