@@ -30,7 +30,7 @@ EPISODES = 256
 class Options:
     """Options of the demo."""
 
-    steps: int = 300_000
+    steps: int = 200_000
     """Environment steps."""
     task: str = "mpe/simple_spread"
     """Task, as suite/name."""
