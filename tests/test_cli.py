@@ -315,7 +315,6 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
         ("train toy/matrix --lr inf", "lr (=inf) must be a finite number"),
         ("train toy/matrix --hidden 1", "hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or more"),
         ("train toy/matrix --hidden 3 --pattern 4:8", "hidden (=3) fits no 4:8 mask, which keeps 4 weights of a group: use 4 or more"),
-        ("train toy/matrix --agent-id no", "in_features (=1) is below the 2 weights that 2:4 keeps of each group"),
         ("train toy/matrix --pattern 4:4", "pattern 4:4 keeps nothing or everything: use N:M with 0 < N < M, for example 2:4"),
         ("train toy/matrix --pattern 2-4", "pattern '2-4' is not of the form N:M: use for example 2:4, 1:4 or 4:8"),
         ("train toy/matrix --n-step 3 --td-lambda 0.5", "td_lambda (=0.5) and n_step (=3) exclude each other: set one of them"),

@@ -304,7 +304,6 @@ def test_an_absent_slot_keeps_its_value_under_bias_correction(mixed: bool) -> No
         ((0, 4, 2), r"in_features \(=0\) must be at least 1"),
         ((8, 0, 2), r"out_features \(=0\) must be at least 1"),
         ((8, 4, 0), r"n_slots \(=0\) must be at least 1"),
-        ((1, 4, 2), r"in_features \(=1\) is below the 2 weights that 2:4 keeps"),
         ((8, 4, 2, "4:2"), "4:2 keeps nothing or everything"),
     ],
 )
@@ -366,3 +365,11 @@ def test_a_drawn_mask_must_be_asked_for() -> None:
         with pytest.raises(UsageError, match=r"no mask for this step: call resample\(progress\)"):
             layer(torch.randn(2, 3, 8))
         layer.eval()(torch.randn(2, 3, 8))
+
+
+def test_a_width_below_n_keeps_all_there_is() -> None:
+    layer = MaskedLinear(3, 5, 2, pattern="4:8")
+    layer.resample(0.5)
+    assert torch.equal(layer.mask(), torch.ones(2, 5, 3))
+    assert torch.equal(layer.eval().mask(), torch.ones(2, 5, 3))
+    assert layer.free_groups == 0

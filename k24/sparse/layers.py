@@ -101,7 +101,7 @@ class MaskedLinear(nn.Module):
     """A linear layer with one shared weight and a learned N:M mask per slot.
 
     Args:
-        in_features: Inputs (I); any number, padding is internal.
+        in_features: Inputs (I); any number, padding is internal. A group with fewer than N real columns keeps them all.
         out_features: Outputs (O).
         n_slots: Agents, or unit types (A).
         pattern: N:M; overrides that of ``config`` when given.
@@ -138,11 +138,6 @@ class MaskedLinear(nn.Module):
         for name, value in (("in_features", in_features), ("out_features", out_features), ("n_slots", n_slots)):
             if value < 1:
                 raise UsageError(f"{name} (={value}) must be at least 1")
-        if in_features < self.patterns.n:
-            raise UsageError(
-                f"in_features (={in_features}) is below the {self.patterns.n} weights that {self.patterns} keeps of each "
-                f"group: use more inputs"
-            )
         self.in_features, self.out_features, self.n_slots = in_features, out_features, n_slots
         dense = nn.Linear(in_features, out_features, bias=bias)
         self.weight, self.bias = dense.weight, dense.bias
