@@ -30,7 +30,7 @@ EPISODES = 256
 class Options:
     """Options of the demo."""
 
-    steps: int = 200_000
+    steps: int = 300_000
     """Environment steps."""
     task: str = "mpe/simple_spread"
     """Task, as suite/name."""
@@ -62,7 +62,7 @@ def demo(options: Options) -> None:
     run = load_run(folder)
     found = inspect_run(run)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    points = sorted({line["steps"]: line["return_eval"] for line in reversed(lines)}.items())
+    points = [(line["steps"], line["return_eval"]) for line in lines if "return_eval" in line]
     plot_curve(points, folder / "curve.png", f"{config.task}, {config.algo}-{config.sharing}", {"random policy": random_return})
     plot_inspection(found, folder / "masks.png", f"masks after {run.steps:,} steps")
     record_gif(run.learner.actor("deploy"), build_env(config, 1), folder / "episode.gif")

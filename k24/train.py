@@ -199,12 +199,13 @@ def train(
             done = steps >= config.steps
             if steps >= next_log or done:
                 next_log = _after(steps, config.log_every)
-                metrics |= learner.metrics()
+                measured = {"return_train": metrics["return_train"], **learner.metrics()}
                 if steps >= next_eval or done:
                     next_eval = _after(steps, config.eval_every)
-                    metrics["return_eval"] = float(play(learner.actor("deploy"), eval_env, config.eval_episodes).mean())
-                    metrics["return_eval_act"] = float(play(learner.actor("act"), eval_env, config.eval_episodes).mean())
-                log.write(steps, metrics)
+                    measured["return_eval"] = float(play(learner.actor("deploy"), eval_env, config.eval_episodes).mean())
+                    measured["return_eval_act"] = float(play(learner.actor("act"), eval_env, config.eval_episodes).mean())
+                log.write(steps, measured)
+                metrics |= measured
             if on_progress is not None:
                 on_progress(Progress(steps, config.steps, speed(), metrics))
             stop = should_stop is not None and should_stop()

@@ -1,0 +1,39 @@
+"""What the documents say must be true: code runs, links lead somewhere, commands and metric names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from k24.cli import COMMANDS
+from k24.sharing import SCHEMES
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_exist(page: Path) -> None:
+    for command in re.findall(r"(?:^|`)k24 ([a-z][a-z-]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert command in COMMANDS, f"{page.name} speaks of 'k24 {command}'"
+
+
+def test_every_scheme_is_described() -> None:
+    text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
+    for scheme in SCHEMES:
+        assert f"| `{scheme}` |" in text
