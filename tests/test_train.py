@@ -119,7 +119,8 @@ def test_a_run_folder_holds_all_that_was_promised(tmp_path):
 
 def test_how_often_is_logged_and_evaluated(tmp_path):
     train(change(log_every=50, eval_every=100), tmp_path / "run")
-    # In the first round at or after each multiple of 50, and in the last one; evaluations likewise at multiples of 100, and in no other line.
+    # In the first round at or after each multiple of 50, and in the last one.
+    # Evaluations likewise at multiples of 100, and in no other line.
     rows = lines(tmp_path / "run")
     assert [r["steps"] for r in rows] == [16, 64, 112, 160, 208, 256, 304, 320]
     assert [r["steps"] for r in rows if "return_eval" in r] == [16, 112, 208, 304, 320]
