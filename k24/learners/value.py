@@ -192,7 +192,8 @@ class ValueLearner:
         epsilon = max(c.epsilon_finish, c.epsilon_start - (c.epsilon_start - c.epsilon_finish) * env_steps / c.epsilon_anneal)
         episodes = collect_episodes(env, self.actor(epsilon=epsilon), seed)
         self.replay.add(episodes)
-        self._rewards.update(self._team_reward(episodes).masked_select(_like(episodes.valid, self._team_reward(episodes))))
+        reward = self._team_reward(episodes)
+        self._rewards.update(reward[_like(episodes.valid, reward)])
         self._owed += episodes.steps / c.env_steps_per_update
         if self._pool is None:
             self._pool = episodes.obs[:, :-1].permute(1, 2, 0, 3)[episodes.valid].flatten(0, 1)[:POOL].clone()

@@ -188,7 +188,7 @@ class MaskedGRU(nn.Module):
 
         block = torch.cat([gates.transpose(0, 1).reshape(rows, -1), h], 1)
         states = by_segments(block, slots, self.n_slots, run).view(rows, steps, self.hidden).transpose(0, 1)
-        if self.training and torch.is_grad_enabled() and not self.recurrent.frozen:
+        if self.training and torch.is_grad_enabled():
             before = torch.cat([h[None], states[:-1]]).detach().reshape(steps * rows, -1)
             member = F.one_hot(slots.clamp_min(0), self.n_slots).t().bool() & (slots >= 0)
             self.recurrent._observe_rows(before, member.repeat(1, steps))

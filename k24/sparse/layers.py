@@ -186,9 +186,12 @@ class MaskedLinear(nn.Module):
 
     def running_magnitude(self) -> Tensor:
         """EMA of the inputs' magnitude ``[A, I]``, corrected for its start if so configured."""
+        return self._corrected(int(self.seen) // self.config.ema_every)
+
+    def _corrected(self, updates: int) -> Tensor:
+        """The running magnitude, taken as it stands after so many updates."""
         if not self.config.ema_bias_correction:
             return self.ema
-        updates = int(self.seen) // self.config.ema_every
         return self.ema / (1 - self.config.ema_momentum**updates) if updates else torch.ones_like(self.ema)
 
     def logits(self) -> Tensor:
@@ -215,9 +218,9 @@ class MaskedLinear(nn.Module):
         """Each slot's masked weight, made once and used for all rows of a step.
 
         Args:
-            phase: Which mask: this training step's (``train``), what behaviour and targets use (``act``: the expected
-            mask if that is what trains, else
-                the most likely one), a fresh draw (``sampled``), or the most likely one (``deploy``). After a freeze they are all the same.
+            phase: Which mask: this training step's (``train``), what behaviour and targets use (``act``: the expected mask if
+                that is what trains, else the most likely one), a fresh draw (``sampled``), or the most likely one
+                (``deploy``). After a freeze they are all the same.
         """
         bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
         if self._is_fused(phase):
@@ -288,27 +291,35 @@ class MaskedLinear(nn.Module):
             valid: bool ``[A, N]`` or ``[N]``, rows that count (no padding, nobody dead); None for all. A slot without
             valid rows keeps its value.
         """
-        if self.frozen:
-            return
-        before = self.running_magnitude()
-        self.seen += 1
-        if int(self.seen) % self.config.ema_every:
+        if not self._is_update_due():
             return
         if self.n_slots == 1:
             x, valid = x.reshape(1, -1, self.in_features), valid if valid is None else valid.expand(x.shape[:2]).reshape(1, -1)
-        rms = self.config.ema_norm == "rms"
-        size = x.square() if rms else x.abs()
-        present = None
+        size = self._size(x)
         if valid is None:
-            now = size.mean(1)
+            self._take_in(size.mean(1))
         else:
             rows = valid.expand(x.shape[:2])
-            count = rows.sum(1, keepdim=True)
-            now = torch.where(rows[..., None], size, 0.0).sum(1) / count.clamp_min(1)
-            present = count > 0
-        now = now.sqrt() if rms else now
-        if present is not None:
-            now = torch.where(present, now, before)
+            self._take_in(torch.where(rows[..., None], size, 0.0).sum(1), rows.sum(1, keepdim=True))
+
+    def _is_update_due(self) -> bool:
+        """Counts a training pass; every ``ema_every``-th one updates the running magnitude, until the freeze."""
+        if self.frozen:
+            return False
+        self.seen += 1
+        return int(self.seen) % self.config.ema_every == 0
+
+    def _size(self, x: Tensor) -> Tensor:
+        return x.square() if self.config.ema_norm == "rms" else x.abs()
+
+    def _take_in(self, size: Tensor, count: Tensor | None = None) -> None:
+        """Moves the running magnitude towards a batch's mean size ``[A, I]``; its sum where the rows' ``count [A, 1]`` is given."""
+        now = size if count is None else size / count.clamp_min(1)
+        if self.config.ema_norm == "rms":
+            now = now.sqrt()
+        if count is not None:
+            # A slot without rows keeps the value it had before this update.
+            now = torch.where(count > 0, now, self._corrected(int(self.seen) // self.config.ema_every - 1))
         self.last_magnitude.copy_(now)
         self.ema.lerp_(now, 1 - self.config.ema_momentum)
 
@@ -352,19 +363,11 @@ class MaskedLinear(nn.Module):
         if x.dim() != 2:
             raise UsageError(f"with slots=, MaskedLinear takes [rows, features], got {tuple(x.shape)}")
         y = by_segments(x, slots, self.n_slots, lambda slot, rows: F.linear(rows, weight[slot], bias[0]))
-        if self.training and torch.is_grad_enabled() and not self.frozen:
+        if self.training and torch.is_grad_enabled():
             self._observe_rows(x.detach(), F.one_hot(slots.clamp_min(0), self.n_slots).t().bool() & (slots >= 0))
         return y
 
     def _observe_rows(self, x: Tensor, member: Tensor) -> None:
         """Running magnitude from rows of mixed slots: one product per call, no copy of x per slot."""
-        before = self.running_magnitude()
-        self.seen += 1
-        if int(self.seen) % self.config.ema_every:
-            return
-        rms = self.config.ema_norm == "rms"
-        count = member.sum(1, keepdim=True)
-        mean = member.to(x.dtype) @ (x.square() if rms else x.abs()) / count.clamp_min(1)
-        now = torch.where(count > 0, mean.sqrt() if rms else mean, before)
-        self.last_magnitude.copy_(now)
-        self.ema.lerp_(now, 1 - self.config.ema_momentum)
+        if self._is_update_due():
+            self._take_in(member.to(x.dtype) @ self._size(x), member.sum(1, keepdim=True))

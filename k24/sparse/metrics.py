@@ -73,9 +73,10 @@ def mask_metrics(layers: Sequence[MaskedLinear], previous: Sequence[Tensor] | No
         * ``dead_weight_frac``: share of weights that no slot keeps.
     """
     patterns = layers[0].patterns
-    masks = [patterns.mask(layer.best_codes(), layer.in_features) for layer in layers]
+    chosen = [layer.best_codes() for layer in layers]
+    masks = [patterns.mask(c, layer.in_features) for c, layer in zip(chosen, layers, strict=True)]
     # Groups that padding leaves no choice say nothing about choices.
-    codes = [layer.best_codes()[..., : layer.free_groups] for layer in layers]
+    codes = [c[..., : layer.free_groups] for c, layer in zip(chosen, layers, strict=True)]
     total = max(sum(c.numel() for c in codes), 1)
     usage = (
         torch.stack([layer.probabilities().detach()[..., : layer.free_groups].double().sum((1, 2, 3)) for layer in layers]).sum(0) / total
