@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from k24.errors import UsageError, unknown_name
-from k24.kernels import dense, reference
+from k24.kernels import cpu, cusparselt, dense, reference, triton
 from k24.kernels.net import GRU, Linear, Net, Prepared
 
 
@@ -35,6 +35,10 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend("plain torch, the definition of correct", reference.unavailable, lambda net, _: reference.Reference(net)),
     "dense": Backend("masks multiplied in, one batched product per layer", dense.unavailable, lambda net, _: dense.Dense(net)),
     "dense_linear": Backend("masks multiplied in, one product per slot and layer", dense.unavailable, lambda net, _: dense.Dense(net, True)),
+    "cpu": Backend("C++, the kept weights of each slot packed", cpu.unavailable, lambda net, threads: cpu.Cpu(net, threads)),
+    "cpu_shared": Backend("C++, shared weights and a bit per weight and slot", cpu.unavailable, lambda net, threads: cpu.Cpu(net, threads, "shared")),
+    "triton": Backend("GPU, shared weights and a bit per weight and slot", triton.unavailable, lambda net, _: triton.TritonNet(net)),
+    "cusparselt": Backend("GPU, NVIDIA's 2:4 product per slot and layer", cusparselt.unavailable, lambda net, _: cusparselt.CuSparseLtNet(net)),
 }
 
 

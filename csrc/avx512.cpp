@@ -1,0 +1,5 @@
+// The kernels for AVX-512. Compiled with the flags that setup.py gives this file alone; nothing here runs before api.cpp has asked the CPU.
+#define K24_ISA k24_avx512
+#include "kernels.h"
+
+const Isa K24_ISA_AVX512 = {K24_ISA::create, K24_ISA::destroy, K24_ISA::bytes, K24_ISA::run};
