@@ -621,7 +621,7 @@ void run_panel(const Net &net, int64_t slot, const float *x, const float *h, flo
 // Rows of one slot in panels of two registers, then one; returns how many rows are left, too few to fill the lanes.
 template <class Pairs>
 int64_t run_panels(const Net &net, int64_t slot, const float *x, const float *h, float *y, float *h_next, int64_t rows, Scratch &scratch, bool poison) {
-  constexpr int64_t FULL = 3 * LANES / 4;  // a register filled less than that loses more than panels win
+  constexpr int64_t FULL = 7 * LANES / 8;  // a register filled less loses more than panels win
   int64_t row = 0;
   while (rows - row >= FULL) {
     const int64_t left = rows - row;

@@ -2,7 +2,7 @@
 
 Three agents learn to cover three landmarks (simple_spread). They share one network, and each keeps its own two of every
 four weights. At the end there is a run folder like that of any ``k24 train``, with pictures of the learning curve and
-of the masks beside it.
+of the masks beside it, and the policy in one file that runs without the training stack.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from k24.cli import run_training
+from k24.commands.train import run_training
 from k24.config import TrainConfig
 from k24.errors import K24Error, UsageError
 from k24.evaluate import build_env, build_learner, load_run, play, record_gif
+from k24.export import export_run
 from k24.inspection import inspect_run, plot_curve, plot_inspection
 
 EPISODES = 256
@@ -67,6 +68,8 @@ def demo(options: Options) -> None:
     plot_inspection(found, folder / "masks.png", f"masks after {run.steps:,} steps")
     record_gif(run.learner.actor("deploy"), build_env(config, 1), folder / "episode.gif")
 
+    policy = export_run(folder, folder / "policy.safetensors")
+
     table = Table(title=f"{config.task}: {config.algo} with {config.sharing}", title_justify="left")
     table.add_column("what")
     table.add_column("value", justify="right")
@@ -78,12 +81,15 @@ def demo(options: Options) -> None:
         "overall sparsity": f"{found['overall_sparsity']:.3f}",
         "mask distance between agents": f"{found['mask_hamming']:.3f}  (0 same, 0.5 independent)",
         "multiply-adds per joint action": f"{found['macs_per_act']:,}",
+        "policy file": f"{policy.bytes:,} bytes: {policy.bytes / policy.dense_bytes:.2f} of one dense network, "
+        f"{policy.bytes / policy.dense_bytes / policy.agents:.2f} of {policy.agents}",
         "environment steps per second": f"{result.steps_per_second:,.0f}",
         "minutes, everything included": f"{(time.perf_counter() - start) / 60:.1f}",
         "run folder": str(folder),
         "learning curve": str(folder / "curve.png"),
         "masks": str(folder / "masks.png"),
         "one episode": str(folder / "episode.gif"),
+        "policy": str(policy.policy),
         "all metrics": f"tensorboard --logdir {folder}",
     }
     for name, value in rows.items():

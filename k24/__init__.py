@@ -3,7 +3,8 @@
 ``import k24`` loads torch and the sparse layers, and touches no GPU, no environment and no compiler.
 """
 
-from k24.errors import K24Error, RunError, UsageError
+from k24.errors import K24Error, PolicyFileError, RunError, UsageError
+from k24.policy import Policy, load_policy
 from k24.sparse import MaskConfig, MaskedGRU, MaskedLinear, PatternSet, pattern_orthogonality
 
 __version__ = "0.1.0"
@@ -14,8 +15,11 @@ __all__ = [
     "MaskedGRU",
     "MaskedLinear",
     "PatternSet",
+    "Policy",
+    "PolicyFileError",
     "RunError",
     "UsageError",
     "__version__",
+    "load_policy",
     "pattern_orthogonality",
 ]

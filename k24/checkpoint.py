@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -19,24 +18,10 @@ from typing import Any
 import torch
 
 from k24.errors import CheckpointError
+from k24.files import write_atomically
 
 FORMAT = 1
 KEEP = 2
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file by new contents, or leaves it as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:

@@ -34,6 +34,10 @@ class CheckpointError(UsageError):
     """A checkpoint that is damaged, of another version, or of another configuration."""
 
 
+class PolicyFileError(UsageError):
+    """A policy file that is missing, damaged, of a newer version, or of another kind."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Builds the error for a name that is not in a table, with the nearest known one.
 

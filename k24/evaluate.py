@@ -1,19 +1,23 @@
-"""Playing a trained policy, and reading a run folder."""
+"""Playing a trained policy, of a run folder or a policy file."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from k24.checkpoint import load_checkpoint
 from k24.config import TrainConfig, load_config
-from k24.envs import TeamEnv, make_env
+from k24.envs import Observation, TeamEnv, make_env
 from k24.errors import CheckpointError, UsageError
-from k24.learners import Learner, RandomActor, ValueActor, collect_episodes, make_learner
+from k24.learners import Learner, RandomActor, collect_episodes, make_learner
+from k24.policy import Policy, load_policy
 from k24.sharing import make_sharing
+from k24.sparse.slots import Phase
 
 # Evaluation episodes start from other seeds than training ones.
 EVAL_SEED = 1_000_003
@@ -93,7 +97,109 @@ def restore(load, state: dict, folder: Path) -> None:
         ) from error
 
 
-def play(actor: ValueActor | RandomActor, env: TeamEnv, episodes: int, seed: int = EVAL_SEED) -> Tensor:
+class Actor(Protocol):
+    """Who acts."""
+
+    def reset(self, rows: int) -> None:
+        """Forgets: a new episode begins in every row."""
+
+    def __call__(self, observation: Observation) -> Tensor:
+        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
+        ...
+
+
+class PolicyActor:
+    """A policy file as an actor.
+
+    Args:
+        policy: Who decides, greedily.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._state: Tensor | None = None
+
+    def reset(self, rows: int) -> None:
+        """Forgets: a new episode begins in every row."""
+        self._state = None
+
+    def __call__(self, observation: Observation) -> Tensor:
+        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
+        actions, self._state = self._policy.act(observation.obs, self._state, avail=observation.avail)
+        return actions
+
+
+@dataclass(frozen=True)
+class Player:
+    """A trained policy and the environments it was trained for.
+
+    Attributes:
+        actor: Who acts.
+        make_env: Makes so many parallel environments.
+        task: Their task.
+        name: ``algo-sharing``, or ``random``.
+        steps: Environment steps of training.
+        policy: The policy file that acts, if it is one.
+    """
+
+    actor: Actor
+    make_env: Callable[[int], TeamEnv]
+    task: str
+    name: str
+    steps: int
+    policy: Policy | None = None
+
+
+def open_run(folder: Path, device: torch.device | str = "cpu", phase: Phase = "deploy", random: bool = False) -> Player:
+    """A run's newest policy; see :func:`load_run`.
+
+    Args:
+        folder: Run folder.
+        device: Where to play.
+        phase: Which masks act.
+        random: Play at random instead.
+    """
+    run = load_run(folder, device)
+    actor = run.learner.random_actor() if random else run.learner.actor(phase)
+    name = "random" if random else f"{run.config.algo}-{run.config.sharing}"
+    return Player(actor, lambda n_envs: build_env(run.config, n_envs, device), run.config.task, name, run.steps)
+
+
+def open_policy(
+    path: Path, device: torch.device | str = "cpu", backend: str = "auto", env_args: tuple[str, ...] = (), random: bool = False
+) -> Player:
+    """A policy file.
+
+    Args:
+        path: The file.
+        device: Where to play.
+        backend: What runs it; see :func:`k24.kernels.prepare`.
+        env_args: Arguments of its task, each as name=value.
+        random: Play at random instead.
+
+    Raises:
+        UsageError: The file is no policy, cannot run here, or its task is not known or has other sizes.
+    """
+    policy = load_policy(path, device, backend)
+    spec = policy.spec
+    config = TrainConfig(task=spec.task, env_args=env_args)
+
+    def make(n_envs: int) -> TeamEnv:
+        env = build_env(config, n_envs, device)
+        wanted, found = ((s.n_agents, s.obs_dim, s.n_actions) for s in (spec, env.spec))
+        if wanted != found:
+            raise UsageError(
+                f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, which has {found} here: give the arguments "
+                f"it was trained with, as in --env-args n_agents={spec.n_agents}"
+            )
+        return env
+
+    if random:
+        return Player(RandomActor(spec.n_actions, torch.Generator(device).manual_seed(0)), make, spec.task, "random", spec.steps)
+    return Player(PolicyActor(policy), make, spec.task, f"{spec.algo}-{spec.sharing}", spec.steps, policy)
+
+
+def play(actor: Actor, env: TeamEnv, episodes: int, seed: int = EVAL_SEED) -> Tensor:
     """Undiscounted returns, summed over agents and steps.
 
     Args:
@@ -106,7 +212,8 @@ def play(actor: ValueActor | RandomActor, env: TeamEnv, episodes: int, seed: int
         float64 ``[episodes]``.
     """
     rounds = -(-episodes // env.n_envs)
-    returns = [collect_episodes(env, actor, seed + k).returns() for k in range(rounds)]
+    # Anything that acts will do.
+    returns = [collect_episodes(env, actor, seed + k).returns() for k in range(rounds)]  # type: ignore[arg-type]
     return torch.cat(returns)[:episodes].double().cpu()
 
 
@@ -121,7 +228,7 @@ def summary(returns: Tensor) -> dict:
     return {"return_mean": mean, "return_ci95": [mean - half, mean + half], "episodes": len(returns)}
 
 
-def record_gif(actor: ValueActor | RandomActor, env: TeamEnv, path: Path, seed: int = EVAL_SEED) -> None:
+def record_gif(actor: Actor, env: TeamEnv, path: Path, seed: int = EVAL_SEED) -> None:
     """Plays one episode in environment 0 and saves it as a moving picture.
 
     Raises:

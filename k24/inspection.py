@@ -1,95 +1,103 @@
-"""Looking at a trained run's masks: numbers for the terminal, pictures for the eye."""
+"""Looking at masks as they are deployed, of a run or of a policy file: numbers for the terminal, pictures for the eye.
+
+A policy is looked at where nothing of the training stack is installed, so what belongs to a run is imported when one is given.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from k24.evaluate import Run
-from k24.nets import AgentNet, Weights
-from k24.sparse.layers import MaskedLinear
-from k24.sparse.metrics import entropy_bits, mask_distance, mask_metrics, off_diagonal, pattern_agreement, pattern_usage
+from k24.artifact import layer_names
+from k24.kernels import Linear, Net
+from k24.sparse.metrics import entropy_bits, mask_distance, off_diagonal, pattern_usage
+
+if TYPE_CHECKING:
+    from k24.evaluate import Run
 
 
-def layer_names(net: AgentNet) -> list[str]:
-    """Names of the net's layers, in order."""
-    return list(net.layers)
+def deployed_bytes(net: Net) -> int:
+    """Bytes that a deployment needs.
 
-
-def multiply_adds(weights: Weights, agents: int) -> int:
-    """Multiply-adds of one joint action: every non-zero weight of every agent, once."""
-    return sum(round(float((w.weight != 0).float().flatten(1).sum(1).mean())) * agents for w in weights)
-
-
-def deployed_bytes(net: AgentNet, weights: Weights) -> int:
-    """Bytes a deployment in float32 needs.
-
-    A masked layer: the shared weight once and one packed code per group and slot. Any other: as many sets of values as slots that differ.
+    A masked layer: the shared weight once and one packed code per group and slot. Any other: as many weights as slots that differ.
     """
     total = 0
-    for layer, made in zip(net.layers.values(), weights, strict=True):
-        total += 4 * made.bias.numel()
-        if isinstance(layer, MaskedLinear):
-            total += 4 * layer.weight.numel() + -(-layer.codes.numel() * layer.patterns.code_bits // 8)
-        else:
-            total += 4 * made.weight.numel()
+    for layer in net.linears:
+        total += layer.weight.numel() * layer.weight.element_size() + 4 * layer.bias.numel()
+        if layer.codes is not None:
+            total += -(-layer.codes.numel() * layer.patterns.code_bits // 8)
     return total
 
 
+def _kept(layer: Linear) -> Tensor:
+    """Which weights a slot multiplies with, ``[S, O, I]`` of zeros and ones."""
+    if layer.codes is not None:
+        return layer.patterns.mask(layer.codes, layer.in_features)
+    return (layer.weight != 0).float()
+
+
 @torch.no_grad()
+def inspect_net(net: Net) -> dict[str, Any]:
+    """Everything ``k24 inspect`` prints of a policy.
+
+    Args:
+        net: A net.
+
+    Returns:
+        ``overall_sparsity`` (of the masked layers where there are any), ``pattern_entropy`` (bits of the chosen patterns' usage; None
+        without masks), ``mask_hamming``, ``params`` (values held, masks aside), ``macs_per_act`` (multiply-adds of one joint action:
+        every weight that an agent keeps), ``bytes``; and for the tables ``layers`` (name, sparsity per layer), ``distance``
+        (``[A, A]``), ``pattern_usage``.
+    """
+    masks = [_kept(layer) for layer in net.linears]
+    everyones = [mask.expand(net.n_slots, -1, -1) for mask in masks]
+    coded = [layer for layer in net.linears if layer.codes is not None]
+    counted = [mask for mask, layer in zip(masks, net.linears, strict=True) if layer.codes is not None] or everyones
+    distance = mask_distance(everyones)
+    result: dict[str, Any] = {
+        "overall_sparsity": 1 - float(sum(m.sum() for m in counted)) / sum(m.numel() for m in counted),
+        "pattern_entropy": None,
+        "mask_hamming": float(off_diagonal(distance).mean()),
+        "params": sum(layer.weight.numel() + layer.bias.numel() for layer in net.linears),
+        "macs_per_act": sum(int(mask.sum(dtype=torch.float64)) for mask in everyones),
+        "bytes": deployed_bytes(net),
+        "layers": {name: 1 - float(mask.mean()) for name, mask in zip(layer_names(net), masks, strict=True)},
+        "distance": distance.tolist(),
+        "pattern_usage": None,
+    }
+    if coded:
+        # Groups that padding leaves no choice say nothing about choices.
+        codes = [c.codes[..., : c.patterns.free_groups(c.in_features)] for c in coded if c.codes is not None]
+        usage = pattern_usage(codes, coded[0].patterns.n_patterns)
+        never = [float((m.sum(0) == 0).sum()) for m in counted]
+        result |= {
+            "pattern_entropy": entropy_bits(usage),
+            "pattern_usage": usage.tolist(),
+            "dead_weight_frac": sum(never) / sum(m[0].numel() for m in counted),
+        }
+    return result
+
+
 def inspect_run(run: Run) -> dict[str, Any]:
-    """Everything ``k24 inspect`` prints.
+    """Everything ``k24 inspect`` prints of a run: as :func:`inspect_net`, with ``params`` counting all that is trained.
 
     Args:
         run: A run.
-
-    Returns:
-        ``overall_sparsity``, ``pattern_entropy`` (bits of the chosen patterns' usage; None without masks),
-        ``mask_hamming``, ``params``, ``macs_per_act``, ``bytes``; and for the tables ``layers`` (name, sparsity per
-        layer), ``distance`` (``[A, A]``), ``pattern_usage``, ``similarity``.
     """
-    net = run.learner.net
-    agents = net.n_agents
-    weights = net.snapshot("deploy")
-    kept = [(w.weight != 0).float().expand(agents, -1, -1) for w in weights]
-    masked = [layer for layer in net.layers.values() if isinstance(layer, MaskedLinear)]
-    result: dict[str, Any] = {
-        "overall_sparsity": 1 - float(sum(k.sum() for k in kept)) / sum(k.numel() for k in kept),
-        "pattern_entropy": None,
-        "mask_hamming": float(off_diagonal(mask_distance(kept)).mean()),
-        "params": sum(p.numel() for p in net.parameters()),
-        "macs_per_act": multiply_adds(weights, agents),
-        "bytes": deployed_bytes(net, weights),
-        "layers": {name: 1 - float(k.mean()) for name, k in zip(layer_names(net), kept, strict=True)},
-        "distance": mask_distance(kept).tolist(),
-        "pattern_usage": None,
-        "similarity": None,
-    }
-    if masked:
-        codes = [layer.best_codes()[..., : layer.free_groups] for layer in masked]
-        usage = pattern_usage(codes, masked[0].patterns.n_patterns)
-        metrics, _ = mask_metrics(masked)
-        result |= {
-            "overall_sparsity": metrics["overall_sparsity"],
-            "pattern_entropy": entropy_bits(usage),
-            "pattern_usage": usage.tolist(),
-            "similarity": pattern_agreement(codes).tolist(),
-            "dead_weight_frac": metrics["dead_weight_frac"],
-            "pattern": str(masked[0].patterns),
-            "temperature": masked[0].temperature,
-        }
-    return result
+    from k24.export import net_of
+
+    return inspect_net(net_of(run.learner.net)) | {"params": sum(p.numel() for p in run.learner.net.parameters())}
 
 
 def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:
     """Draws the mask distances between agents, pattern usage and sparsity by layer, side by side.
 
     Args:
-        found: From :func:`inspect_run`.
+        found: From :func:`inspect_net`.
         path: PNG to write.
         title: Above the pictures.
     """

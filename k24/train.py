@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from k24.allocator import keep_freed_memory
-from k24.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.errors import UsageError
 from k24.evaluate import EVAL_SEED, build_env, build_learner, play, resolve_device, restore, summary
+from k24.files import write_atomically
 
 # Settings that may differ when a run is resumed: none of them changes what is learned.
 MAY_DIFFER = ("device", "threads", "checkpoint_every")

@@ -10,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 import random
+import tempfile
 
 import hypothesis
 import numpy as np
@@ -17,6 +18,10 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# What tests measure about speed is theirs alone and forgotten with them. Processes they start inherit it.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["K24_CACHE_DIR"] = _CACHE.name
 
 # No deadline, because a busy machine is not a bug; the same examples each time, because a red run must be repeatable.
 hypothesis.settings.register_profile("k24", deadline=None, derandomize=True, max_examples=50)

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from k24 import checkpoint
-from k24.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.errors import CheckpointError
+from k24.files import write_atomically
 
 
 def _state(value: float) -> dict:

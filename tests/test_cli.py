@@ -24,6 +24,7 @@ from test_train import BASE, Broken, assert_same_run
 from k24 import cli
 from k24 import train as train_module
 from k24.cli import main
+from k24.commands.train import stop_on_signal
 from k24.config import TrainConfig
 from k24.envs import make_env
 from k24.train import train
@@ -216,7 +217,7 @@ def test_a_configuration_file_repeats_a_run(interrupted, uninterrupted, place, c
 
 def test_a_second_signal_stops_at_once(capfd):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), cli._stop_on_signal() as asked:
+    with pytest.raises(KeyboardInterrupt), stop_on_signal() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked()

@@ -24,11 +24,15 @@ PACKAGE = Path(__file__).parents[1] / "k24"
 # nothing of the training wing is installed, so only the parts under "where the wings meet" may see both.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
+    "strict": set(),
     "allocator": set(),
     # running
     "sparse": set(),
     "kernels": {"sparse"},
-    "policy": {"sparse", "kernels"},
+    "artifact": {"files", "strict", "sparse", "kernels"},
+    "policy": {"artifact", "kernels"},
+    "onnx": {"kernels"},
     # training
     "sharing": {"sparse"},
     "nets": {"sparse", "sharing"},
@@ -36,25 +40,29 @@ LAYERS: dict[str, set[str]] = {
     "envs": {"envs.base"},
     "learners": {"sparse", "nets", "sharing", "envs.base"},
     "config": {"sparse", "sharing", "nets", "envs", "learners"},
-    "checkpoint": {"config"},
+    "checkpoint": {"config", "files"},
     # where the wings meet
-    "export": {"sparse", "kernels", "policy", "sharing", "nets", "config", "checkpoint"},
     "evaluate": {"sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"},
-    "inspection": {"sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint", "export", "evaluate"},
+    "export": {"sparse", "kernels", "policy", "onnx", "nets", "files", "evaluate"},
+    "inspection": {"sparse", "kernels", "artifact", "export", "evaluate"},
     # on top
     "report": {"config"},
-    "train": {"allocator", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "report"},
-    "bench": {"allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint", "export", "train"},
-    "sweep": {"envs", "config", "checkpoint", "evaluate", "report", "train"},
-    "cli": {
-        *("sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
-        *("export", "evaluate", "inspection", "report", "train", "bench", "sweep"),
+    "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "report"},
+    "bench": {
+        *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
+        *("artifact", "onnx", "export", "train"),
     },
+    "sweep": {"envs", "config", "checkpoint", "evaluate", "report", "train"},
+    "commands": {
+        *("sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
+        *("export", "evaluate", "inspection", "train", "bench"),
+    },
+    "cli": {"commands", "envs"},
     "__main__": {"cli"},
     "__init__": {"sparse", "policy"},  # the public names
 }
-RUNNING_WING = ("sparse", "kernels", "policy")
-MAY_PRINT = {"cli", "__main__"}
+RUNNING_WING = ("files", "strict", "sparse", "kernels", "artifact", "policy")
+MAY_PRINT = {"cli", "commands", "__main__"}
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -234,7 +242,7 @@ def write_package(folder: Path, files: dict[str, str]) -> Path:
         ("learners/value.py", "from k24.envs.mpe import Mpe", "learners imports envs.mpe"),
         ("learners/value.py", "from k24 import envs", "learners imports envs"),
         ("learners/value.py", "if TYPE_CHECKING:\n    from k24.envs.mpe import Mpe, Other", "learners imports envs.mpe"),
-        ("policy.py", "import k24.nets", "policy imports nets; it may import kernels, sparse"),
+        ("policy.py", "import k24.nets", "policy imports nets; it may import artifact, kernels"),
         ("gadgets/new.py", "", "covers 'gadgets.new'"),
     ],
 )

@@ -1,7 +1,7 @@
 """One function, several backends: run a net of masked layers, fast.
 
-``prepare(net, "cpu")`` brings a :class:`~k24.kernels.net.Net` into the form that a backend runs; calling the result runs it. All backends compute what
-``reference`` computes. ``prepare(net, "auto")`` times those that can run here and keeps the fastest.
+``prepare(net, "cpu")`` brings a :class:`~k24.kernels.net.Net` into the form that a backend runs; calling the result runs it. All backends
+compute what ``reference`` computes. ``prepare(net, "auto")`` times those that can run here and keeps the fastest.
 
 Backends load what they need (a shared library, a compiler) when they are asked for and not before.
 """
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from k24.errors import UsageError, unknown_name
-from k24.kernels import cpu, cusparselt, dense, reference, triton
+from k24.kernels import cpu, cusparselt, dense, dispatch, reference, triton
 from k24.kernels.net import GRU, Linear, Net, Prepared
 
 
@@ -34,11 +37,17 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "reference": Backend("plain torch, the definition of correct", reference.unavailable, lambda net, _: reference.Reference(net)),
     "dense": Backend("masks multiplied in, one batched product per layer", dense.unavailable, lambda net, _: dense.Dense(net)),
-    "dense_linear": Backend("masks multiplied in, one product per slot and layer", dense.unavailable, lambda net, _: dense.Dense(net, True)),
+    "dense_linear": Backend(
+        "masks multiplied in, one product per slot and layer", dense.unavailable, lambda net, _: dense.Dense(net, True)
+    ),
     "cpu": Backend("C++, the kept weights of each slot packed", cpu.unavailable, lambda net, threads: cpu.Cpu(net, threads)),
-    "cpu_shared": Backend("C++, shared weights and a bit per weight and slot", cpu.unavailable, lambda net, threads: cpu.Cpu(net, threads, "shared")),
+    "cpu_shared": Backend(
+        "C++, shared weights and a bit per weight and slot", cpu.unavailable, lambda net, threads: cpu.Cpu(net, threads, "shared")
+    ),
     "triton": Backend("GPU, shared weights and a bit per weight and slot", triton.unavailable, lambda net, _: triton.TritonNet(net)),
-    "cusparselt": Backend("GPU, NVIDIA's 2:4 product per slot and layer", cusparselt.unavailable, lambda net, _: cusparselt.CuSparseLtNet(net)),
+    "cusparselt": Backend(
+        "GPU, NVIDIA's 2:4 product per slot and layer", cusparselt.unavailable, lambda net, _: cusparselt.CuSparseLtNet(net)
+    ),
 }
 
 
@@ -53,6 +62,11 @@ def prepare(net: Net, backend: str = "auto", threads: int | None = None) -> Prep
     Raises:
         UsageError: There is no such backend, or it cannot run this net here; the message says why.
     """
+    if backend == "auto":
+        candidates = dispatch.CANDIDATES.get(net.device.type, ())
+        available = tuple(name for name in candidates if BACKENDS[name].unavailable(net) is None)
+        make = partial(prepare, threads=threads)
+        return dispatch.Auto(net, make, available, threads or torch.get_num_threads(), f"{cpu.best_isa()}; {dispatch.versions()}")
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, [*BACKENDS, "auto"])
     reason = BACKENDS[backend].unavailable(net)

@@ -1,11 +1,13 @@
 """The C++ kernels, through a plain C interface.
 
-``csrc/`` holds them; ``pip install`` builds them where there is a compiler. The shared library is loaded when a net is first prepared, and the widest instruction
-set of this machine (AVX-512 or AVX2) is chosen then. A whole acting step, from observation to action values, is one call.
+``csrc/`` holds them; ``pip install`` builds them where there is a compiler. The shared library is loaded when a net is first prepared,
+and the widest instruction set of this machine (AVX-512 or AVX2) is chosen then. A whole acting step, from observation to action values,
+is one call.
 
-Two layouts. ``packed`` holds the kept weights of each slot, 2.1 bytes per weight and slot in float32; it halves the multiply-adds and is the fast one.
-``shared`` holds one dense weight and one bit per weight and slot; it does all multiply-adds, but reads little memory: the small one, and the faster one when a
-single row per slot meets weights too large for the cache. Layers without masks are run dense, tuned as hard, so a dense net is the honest twin of a masked one.
+Two layouts. ``packed`` holds the kept weights of each slot, 2.1 bytes per weight and slot in float32; it halves the multiply-adds and is
+the fast one. ``shared`` holds one dense weight and one bit per weight and slot; it does all multiply-adds, but reads little memory: the
+small one, and the faster one when a single row per slot meets weights too large for the cache. Layers without masks are run dense, tuned
+as hard, so a dense net is the honest twin of a masked one.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ class Cpu(Prepared):
             raise UsageError(f"backend 'cpu' cannot run this net here: {reason}")
         lib = _library()
         assert not isinstance(lib, str)
-        self.net, self._threads, self.isa = net, threads, isa or best_isa()
+        self.isa = isa or best_isa()
         assert self.isa is not None
         keep: list[Tensor] = []  # what the structures point to, until the library has read it
 
@@ -148,18 +150,25 @@ class Cpu(Prepared):
         self._handle, self._run = handle, lib.k24_run
         weakref.finalize(self, lib.k24_free, handle)
         self.nbytes = lib.k24_bytes(handle)
+        self.net, self._threads = net.to("meta"), threads  # shapes are all that is needed from here on
         # Those of the last call, whose like need no further checks.
         self._x_shape = self._h_shape = self._y_shape = torch.Size()
-        self._rows = 0
+        self._rows, self._hidden = 0, net.hidden
 
     def __call__(self, x: Tensor, h: Tensor | None = None, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As :meth:`~k24.kernels.net.Prepared.__call__`; operands like those of the last call are not examined again.
+        """As :meth:`~k24.kernels.net.Prepared.__call__`; shapes like those of the last call are not examined again."""
+        if h is not None and slots is None and x.shape == self._x_shape and h.shape == self._h_shape:
+            return self.run(x, h, None)
+        return super().__call__(x, h, slots)
 
-        A small step takes a few microseconds, and so does Python's share of it: shapes, the allocation of results, the call itself.
+    def run(self, x: Tensor, h: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :class:`~k24.kernels.net.Prepared`.
+
+        A small step takes a few microseconds, and so does Python's share of it (checks, two results to allocate, the call itself),
+        so what is like the last call takes a short way.
         """
         if (
-            h is not None
-            and slots is None
+            slots is None
             and x.shape == self._x_shape
             and h.shape == self._h_shape
             and x.dtype is h.dtype is torch.float32
@@ -168,25 +177,25 @@ class Cpu(Prepared):
             and x.is_contiguous()
             and h.is_contiguous()
         ):
-            y, after = torch.empty(*self._y_shape), torch.empty_like(h)
+            y = torch.empty(*self._y_shape)
+            after = torch.empty(*self._h_shape) if self._hidden else h
             threads = self._threads or torch.get_num_threads()
             if self._run(self._handle, x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), self._rows, None, threads) == 0:
                 return y, after
-        return super().__call__(x, h, slots)
+        return self._run_any(x, h, slots)
 
     @torch.no_grad()
-    def run(self, x: Tensor, h: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See :class:`~k24.kernels.net.Prepared`."""
+    def _run_any(self, x: Tensor, h: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
         if not (x.is_cpu and h.is_cpu and (slots is None or slots.is_cpu)):
             raise UsageError(f"this policy runs on the CPU, and its inputs are on {x.device}: move them there with .cpu()")
-        kind = x.dtype
+        kind, before = x.dtype, h.dtype
         x, h = x.float().contiguous(), h.float().contiguous()
         y, after = torch.empty((*x.shape[:-1], self.net.out_features)), torch.empty(h.shape)
-        if slots is None:
-            self._x_shape, self._h_shape, self._y_shape, self._rows = x.shape, h.shape, y.shape, x.shape[0] * x.shape[1]
         rows = x.shape[:-1].numel()
+        if slots is None:
+            self._x_shape, self._h_shape, self._y_shape, self._rows = x.shape, h.shape, y.shape, rows
         pointer = None if slots is None else (slots := slots.contiguous()).data_ptr()
         threads = self._threads or torch.get_num_threads()
         if self._run(self._handle, x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), rows, pointer, threads):
             raise MemoryError(f"the CPU kernels found no memory for {rows} rows")
-        return y.to(kind), after.to(kind)
+        return y.to(kind), after.to(before)

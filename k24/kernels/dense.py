@@ -25,10 +25,11 @@ class Dense(Prepared):
     """
 
     def __init__(self, net: Net, per_slot: bool = False) -> None:
-        self.net, self.per_slot = net, per_slot
+        self.net, self.per_slot = net.to("meta"), per_slot  # shapes are all that is needed from here on
         self._dtype = torch.float32 if net.device.type == "cpu" else net.dtype
         self._weights = {
-            id(layer): (layer.effective().to(self._dtype).contiguous(), layer.bias.to(self._dtype).contiguous()) for layer in net.linears
+            id(shape): (layer.effective().to(self._dtype).contiguous(), layer.bias.to(self._dtype).contiguous())
+            for shape, layer in zip(self.net.linears, net.linears, strict=True)
         }
         self.nbytes = sum(t.numel() * t.element_size() for pair in self._weights.values() for t in pair)
 

@@ -3,8 +3,9 @@
 Shapes, here and in every backend: ``A`` slots (agents, or unit types), ``N`` rows per slot, ``I`` inputs, ``O`` outputs, ``G`` groups of a
 row, ``H`` hidden units of a GRU. ``S`` is 1 where all slots share, else ``A``.
 
-A net is run in one of two layouts. *Blocks*: ``x [A, N, I]``, N rows of each slot. *Mixed rows*: ``x [N, I]`` and a slot index per row, which may
-change from call to call (unit types); a negative index marks a row that belongs to no slot (a dead unit), whose results are zero.
+A net is run in one of two layouts. *Blocks*: ``x [A, N, I]``, N rows of each slot. *Mixed rows*: ``x [N, I]`` and a slot index per row,
+which may change from call to call (unit types); a negative index marks a row that belongs to no slot (a dead unit), whose results are
+zero.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class GRU:
         """Refuses shapes that do not belong together."""
         rows, hidden = self.recurrent.out_features, self.recurrent.in_features
         if rows != 3 * hidden or self.input.out_features != rows or self.input.relu or self.recurrent.relu:
-            raise UsageError(f"a GRU needs [3H, I] and [3H, H] without ReLU, got {self.input.out_features} and {rows} rows for H = {hidden}")
+            raise UsageError(
+                f"a GRU needs [3H, I] and [3H, H] without ReLU, got {self.input.out_features} and {rows} rows for H = {hidden}"
+            )
 
     @property
     def hidden(self) -> int:
@@ -110,7 +113,9 @@ class Net:
 
     def __post_init__(self) -> None:
         """Refuses layers that do not fit each other."""
-        linears = tuple(layer for block in self.blocks for layer in ((block.input, block.recurrent) if isinstance(block, GRU) else (block,)))
+        linears = tuple(
+            layer for block in self.blocks for layer in ((block.input, block.recurrent) if isinstance(block, GRU) else (block,))
+        )
         object.__setattr__(self, "linears", linears)
         if not self.blocks or sum(isinstance(block, GRU) for block in self.blocks) > 1:
             raise UsageError("a net needs at least one layer and at most one GRU")
@@ -208,7 +213,9 @@ class Prepared(ABC):
         rows = x.shape[:-1]
         wanted = (self.net.n_slots, rows[-1]) if slots is None else (slots.shape[0],)
         if tuple(rows) != wanted or x.shape[-1] != self.net.in_features:
-            expected = f"[{self.net.n_slots}, rows, {self.net.in_features}]" if slots is None else f"[{slots.shape[0]}, {self.net.in_features}]"
+            expected = (
+                f"[{self.net.n_slots}, rows, {self.net.in_features}]" if slots is None else f"[{slots.shape[0]}, {self.net.in_features}]"
+            )
             raise UsageError(f"inputs must be {expected}, got {list(x.shape)}")
         if h is None:
             h = x.new_zeros(*rows, self.net.hidden)

@@ -27,16 +27,20 @@ def run_slot(net: Net, slot: int, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]
     """
 
     def own(values: Tensor) -> Tensor:
-        return values[slot if values.shape[0] > 1 else 0].to(x.dtype)
+        return values[slot if values.shape[0] > 1 else 0]
+
+    def weight(layer: Linear) -> Tensor:
+        dense = own(layer.weight).to(x.dtype)
+        return dense if layer.codes is None else dense * layer.patterns.mask(own(layer.codes), layer.in_features, x.dtype)
 
     def linear(layer: Linear, x: Tensor) -> Tensor:
-        y = F.linear(x, own(layer.effective(x.dtype)), own(layer.bias))
+        y = F.linear(x, weight(layer), own(layer.bias).to(x.dtype))
         return F.relu(y) if layer.relu else y
 
     for block in net.blocks:
         if isinstance(block, GRU):
-            gates = linear(block.input, x)
-            h = gru_step(gates[None], h[None], own(block.recurrent.effective(x.dtype))[None], own(block.recurrent.bias)[None])[0]
+            recurrent = block.recurrent
+            h = gru_step(linear(block.input, x)[None], h[None], weight(recurrent)[None], own(recurrent.bias).to(x.dtype)[None])[0]
             x = h
         else:
             x = linear(block, x)

@@ -8,7 +8,6 @@ Correctness first: the fast path must agree with the step-by-step one before any
 from __future__ import annotations
 
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import tyro
 from torch import Tensor
 
 from k24.allocator import keep_freed_memory
+from k24.bench.timing import race
 from k24.envs import make_env
 from k24.envs.base import EnvSpec
 from k24.errors import RunError
@@ -118,24 +118,6 @@ class StepwiseLearner(ValueLearner):
             net.forward = fast  # type: ignore[method-assign]
 
 
-def _median_ms(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median and interquartile range in ms; the candidates take turns, so that a busy moment hits them alike."""
-    for function in functions.values():
-        for _ in range(3):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    result = {}
-    for name, values in times.items():
-        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
-        result[name] = (statistics.median(values), quartiles[2] - quartiles[0])
-    return result
-
-
 def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -198,18 +180,20 @@ def bench_train(options: BenchTrain, on_row: Callable[[str, float, float], None]
         )
 
     dense, stepwise = learner("fups"), learner("fups", StepwiseLearner)
-    timed = _median_ms(
+    timed = race(
         {
             "update_ms": lambda: ours.update(batch, 0.1, 0),
             "dense_ms": lambda: dense.update(batch, 0.1, 0),
             "stepwise_ms": lambda: stepwise.update(batch, 0.1, 0),
         },
-        options.repeats,
+        rounds=options.repeats,
+        sample_seconds=0,
+        warm=False,
     )
-    result: dict[str, Any] = {name: round(median, 2) for name, (median, _) in timed.items()}
+    result: dict[str, Any] = {name: round(timed.median(name) / 1e3, 2) for name in timed.us}
     if on_row is not None:
-        for name, (median, spread) in timed.items():
-            on_row(name, median, spread)
+        for name in timed.us:
+            on_row(name, timed.median(name) / 1e3, timed.iqr(name) / 1e3)
     result |= {"update_mb": round(grown, 1), "max_rel_err": error}
     if options.task:
         result["env_steps_per_s"] = round(end_to_end(options, envs=32, env_steps_per_update=25))

@@ -1,0 +1,154 @@
+"""``k24 bench``: tables of speed, and the same as JSON in the last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from k24.commands.options import parse
+from k24.commands.train import Interrupted
+from k24.errors import RunError, unknown_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Columns that a pipe or a file gets, where a terminal has its own width.
+WIDTH = 140
+
+
+def bench_command(arguments: list[str]) -> None:
+    """Runs ``k24 bench``.
+
+    Args:
+        arguments: Which benchmark, and its options.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = ["usage: k24 bench KIND [options]", "", *(f"  {name:<10} {text}" for name, (_, text) in KINDS.items())]
+        print("\n".join([*lines, "", "'k24 bench KIND --help' tells the options."]))
+        return
+    if arguments[0] not in KINDS:
+        raise unknown_name("benchmark", arguments[0], KINDS)
+    KINDS[arguments[0]][0](arguments[1:])
+
+
+def _train(arguments: list[str]) -> None:
+    from k24.bench import BenchTrain, bench_train, header, machine
+
+    options = parse(BenchTrain, arguments, "bench train")
+    print(header(machine(), options.threads))
+    what = {
+        "update_ms": f"one update, {options.algo}-{options.sharing}",
+        "dense_ms": "same, one dense net",
+        "stepwise_ms": "same, dense, step by step",
+    }
+    found = bench_train(
+        options, lambda name, median, spread: print(f"{what[name]:<40} {median:8.2f} ms  (middle half within {spread:.2f})")
+    )
+    print(f"memory grown by the update {found['update_mb']:.0f} MB; fast and step-by-step path differ by {found['max_rel_err']:.1e}")
+    if options.task:
+        print(
+            f"whole loop on {options.task}: {found['env_steps_per_s']:,} env steps/s at one update per 25, "
+            f"{found['env_steps_per_s_rare']:,} at one per 1664"
+        )
+    print(json.dumps(found))
+
+
+def _inference(arguments: list[str]) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from k24.bench import BenchInference, header, machine, measure, plan, summary
+    from k24.bench.inference import FEW_CASES
+
+    text = "Time single layers and whole acting steps beside dense torch, torch.compile, ONNX Runtime and our own dense kernel."
+    options = parse(BenchInference, arguments, "bench inference", description=text)
+    cases = plan(options)
+    compiled = options.compile == "on" or (options.compile == "auto" and len(cases) <= FEW_CASES and options.device == "cpu")
+    where = machine(options.device)
+    print(header(where, options.threads))
+    if options.device == "cpu" and (where["load"] or 0) + options.threads > where["cores"] + 0.5:
+        print("the cores are busy with something else: times will scatter, and with several threads mean little")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, disable=not sys.stderr.isatty(), console=Console(stderr=True), transient=True)
+    rows: list[dict[str, Any]] = []
+    stopped = False
+    with bar:
+        task = bar.add_task("", total=len(cases))
+        try:
+            for case in cases:
+                bar.update(task, description=str(case))
+                rows.append(measure(case, options, compiled))
+                bar.advance(task)
+        except KeyboardInterrupt:
+            stopped = True
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        of_type = [row for row in rows if row["dtype"] == dtype]
+        console.print(table(of_type, f"µs per call, {dtype}"))
+        if cold := [row | row["cold"] for row in of_type if "cold" in row]:
+            console.print(table(cold, f"µs per call, {dtype}, nothing in the cache"))
+    for line in [*_groups(summary(rows)), *_notes(rows)]:
+        print(line)
+    print(json.dumps({"rows": rows, "machine": where, "threads": options.threads}))
+    if stopped:
+        raise Interrupted(f"stopped after {len(rows)} of {len(cases)} cases")
+    wrong = [row["error"] for row in rows if row["error"] is not None]
+    if wrong:
+        raise RunError(f"{len(wrong)} of {len(rows)} cases are wrong; {wrong[0]}")
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """Rows of ``bench inference`` for people.
+
+    Args:
+        rows: At least one, of :func:`k24.bench.measure`.
+        title: Above it.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left")
+    for name in ("op", "H", "A", "B", "ours", "±", "torch", "compile", "onnx", "twin", "over torch", "onnx", "twin", "error"):
+        made.add_column(name, justify="left" if name == "op" else "right", no_wrap=True)
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+    def ratio(value: float | None) -> Text:
+        return Text("-") if value is None else Text(f"{value:.2f}x", style="green" if value >= 1 else "red")
+
+    for row in rows:
+        error = "wrong" if row["error"] is not None else f"{row['max_abs_err']:.0e}"
+        made.add_row(
+            *(str(row[name]) for name in ("op", "hidden", "agents", "envs")),
+            *(number(row[name]) for name in ("us", "us_iqr", "torch_us", "compile_us", "onnx_us", "twin_us")),
+            *(ratio(row[name]) for name in ("over_torch", "over_onnx", "over_twin")),
+            error,
+        )
+    return made
+
+
+def _groups(groups: list[dict[str, Any]]) -> list[str]:
+    """Median speed-ups, and how often ours was not the fastest."""
+    lines = []
+    for group in groups:
+        over = [f"{group[f'over_{name}']:.2f}x over {name}" for name in ("torch", "compile", "onnx", "twin") if group[f"over_{name}"]]
+        lost = f"; a rival was faster in {group['slower']}" if group["slower"] else ""
+        cases = f"{group['cases']} case{'s' if group['cases'] > 1 else ''}"
+        lines.append(f"{group['op']}, {group['envs']} rows per agent: {', '.join(over) or 'nothing to compare with'} ({cases}{lost})")
+    return lines
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    """What ran and what did not, each thing once."""
+    ours = ", ".join(dict.fromkeys(row["backend"] for row in rows))
+    lines = [f"ours is the backend {ours}; twin is our dense kernel, times are medians, ± the interquartile range"] if rows else []
+    return lines + [f"{name}: {note}" for name, note in dict.fromkeys((n, t) for row in rows for n, t in row["notes"].items())]
+
+
+KINDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "inference": (_inference, "layers and acting steps beside dense torch, ONNX Runtime and our own dense kernel"),
+    "train": (_train, "one whole gradient step beside a dense net unrolled step by step, and whole training loops"),
+}

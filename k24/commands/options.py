@@ -1,0 +1,72 @@
+"""Options: arguments into dataclasses, and what is wrong with them into one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import Positional
+
+from k24.errors import UsageError
+
+T = TypeVar("T")
+RunFolder = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
+class HelpShown(Exception):
+    """Nothing is left to do."""
+
+
+def parse(cls: type[T], arguments: Sequence[str], command: str, default: T | None = None, description: str | None = None) -> T:
+    """Reads options into a dataclass.
+
+    Raises:
+        HelpShown: They asked for help, which has been printed.
+        UsageError: Something is wrong with them.
+    """
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            extra: dict[str, Any] = {} if default is None else {"default": default}
+            return tyro.cli(cls, args=list(arguments), prog=f"k24 {command}", description=description, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise HelpShown from None
+        raise UsageError(_one_line(stderr.getvalue(), command)) from None
+
+
+def _one_line(message: str, command: str) -> str:
+    """The first paragraph of a boxed message, and the option it suggests."""
+    rows = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in message.splitlines()]
+    paragraphs: list[list[str]] = [[]]
+    for row in rows[1:]:
+        if set(row) <= {"─"} and row:
+            paragraphs.append([])
+        elif row:
+            paragraphs[-1].append(row)
+    first = re.sub(r"^Error parsing (--\S+: )?(\S+: )?", r"\1", " ".join(paragraphs[0])) or "wrong options"
+    first = re.sub(r"^Missing from k24 [^:]*: (\S+) .*", r"\1 is missing", first)
+    for paragraph in paragraphs[1:]:
+        if paragraph and paragraph[0].startswith("Perhaps you meant") and len(paragraph) > 1:
+            first += f" (did you mean {paragraph[1].split()[0]}?)"
+    return f"{first.rstrip('.')}{'' if first.endswith('?') else ';'} 'k24 {command} --help' lists the options"
+
+
+def take(arguments: list[str], flag: str) -> str | None:
+    """Removes ``--flag VALUE`` or ``--flag=VALUE`` and returns the value."""
+    for k, item in enumerate(arguments):
+        if item == flag:
+            if k + 1 >= len(arguments):
+                raise UsageError(f"{flag} wants a value")
+            value = arguments[k + 1]
+            del arguments[k : k + 2]
+            return value
+        if item.startswith(flag + "="):
+            del arguments[k]
+            return item[len(flag) + 1 :]
+    return None

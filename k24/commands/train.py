@@ -1,0 +1,121 @@
+"""``k24 train``: a progress bar, a closing summary, and what signals do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from k24.commands.options import parse, take
+from k24.errors import UsageError
+
+
+class Interrupted(Exception):
+    """A run was stopped by a signal after saving itself."""
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) asks the run to save and stop, the second ends it at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nk24: saving, then stopping (once more to stop at once)\n")
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_command(arguments: list[str]) -> None:
+    """Reads the options and trains."""
+    from k24.config import PRESETS, TrainConfig, load_config, preset
+
+    given = list(arguments)
+    out, config_file, preset_name = take(given, "--out"), take(given, "--config"), take(given, "--preset")
+    resume, quiet = "--resume" in given, "--quiet" in given
+    given = [a for a in given if a not in ("--resume", "--quiet")]
+    if config_file is not None and preset_name is not None:
+        raise UsageError(f"--config {config_file} and --preset {preset_name} exclude each other: give one of them")
+    base = TrainConfig()
+    if config_file is not None:
+        base = load_config(Path(config_file))
+    elif preset_name is not None:
+        base = preset(preset_name)
+    elif resume and out is not None and (Path(out) / "config.yaml").exists():
+        base = load_config(Path(out) / "config.yaml")
+    if given and not given[0].startswith("-"):
+        given[:1] = ["--task", given[0]]
+    text = (
+        "Train a team. TASK comes first, as suite/name. Also: --out DIR (run folder), --resume (go on with the run there), "
+        f"--config FILE (repeat a run), --preset NAME ({', '.join(PRESETS)}), --quiet (no progress bar)."
+    )
+    config = parse(TrainConfig, given, "train", base, text)
+    run_training(config, Path(out) if out is not None else None, resume, quiet)
+
+
+def run_training(config: Any, folder: Path | None, resume: bool = False, quiet: bool = False) -> Any:
+    """Trains with a progress bar and a closing summary; prints the result as JSON in the last line.
+
+    Args:
+        config: A :class:`~k24.config.TrainConfig`.
+        folder: Run folder; the default one when None.
+        resume: Go on with the run there.
+        quiet: No progress bar.
+
+    Returns:
+        The :class:`~k24.train.Result`.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from k24.train import default_folder, train
+
+    folder = folder or default_folder(config)
+    if resume and not (folder / "config.yaml").exists():
+        if not config.task:
+            raise UsageError(f"{folder} is no run folder (it has no config.yaml): name a task to start one there, or the --out of a run")
+        print(f"nothing to resume in {folder}: starting there")
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[speed]} steps/s  return {task.fields[ret]}{task.fields[tau]}"),
+        TimeRemainingColumn(),
+        disable=quiet or not sys.stderr.isatty(),
+        console=_console(),
+    )
+    with stop_on_signal() as asked, bar:
+        row = bar.add_task(f"{config.task} {config.algo}-{config.sharing}", total=config.steps, speed="-", ret="-", tau="")
+
+        def show(p: Any) -> None:
+            tau = f"  tau {p.metrics['temperature']:.2f}" if "temperature" in p.metrics else ""
+            value = f"{p.metrics.get('return_eval', p.metrics['return_train']):.2f}"
+            bar.update(row, completed=p.steps, speed=f"{p.steps_per_second:,.0f}", ret=value, tau=tau)
+
+        result = train(config, folder, resume, show, asked)
+    if not result.finished:
+        raise Interrupted(f"stopped at step {result.steps} of {config.steps}, saved: 'k24 train --resume --out {result.folder}' goes on")
+    mean, (low, high) = result.evaluation["return_mean"], result.evaluation["return_ci95"]
+    print(
+        f"return {mean:.2f} (95% interval {low:.2f} to {high:.2f} over {result.evaluation['episodes']} episodes; sum over agents and steps)"
+    )
+    print(f"run folder {result.folder}; curves: tensorboard --logdir {result.folder}")
+    print(json.dumps({**result.evaluation, "folder": str(result.folder), "env_steps_per_s": round(result.steps_per_second)}))
+    return result
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -1,0 +1,244 @@
+"""Trained policies that run without the training stack.
+
+::
+
+    policy = k24.load_policy("policy.safetensors")
+    state = None
+    while playing:
+        actions, state = policy.act(obs, state)    # obs [n_agents, n_envs, obs_dim], actions [n_agents, n_envs]
+
+For a net of a few thousand weights the Python around the kernel costs as much as the kernel, so :meth:`Policy.act` checks by comparing
+numbers it already has, and converts what has another type or place and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k24.artifact import PolicySpec, check_shapes, read_policy, write_policy
+from k24.errors import PolicyFileError, UsageError
+from k24.kernels import Net, prepare
+
+
+def save_policy(path: Path, net: Net, spec: PolicySpec) -> None:
+    """Writes a policy file, whole or not at all; see :func:`k24.artifact.write_policy`."""
+    write_policy(path, net, spec)
+
+
+def load_policy(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", backend: str = "auto", threads: int | None = None
+) -> Policy:
+    """Loads a policy; runs no code from the file.
+
+    Args:
+        path: A file that ``k24 export`` or :func:`save_policy` wrote.
+        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
+        backend: A name of ``k24.kernels.BACKENDS``, or ``auto`` for the fastest here.
+        threads: CPU threads of backends that have their own; as many as torch uses when None.
+
+    Raises:
+        PolicyFileError: The file cannot be read, or anything in it is not as it should be; names the file and the fault.
+        UsageError: There is no such device or backend here, or it cannot run this net.
+    """
+    where = _device(device)
+    net, spec, digest = read_policy(path)
+    return Policy(net.to(where), spec, backend, threads, source=(Path(path).absolute(), digest))
+
+
+class Policy:
+    """A net that acts. It keeps what its backend runs, and of the net as it is in the file no more than the backend keeps.
+
+    Args:
+        net: The net, on the device it is to run on.
+        spec: How it is driven.
+        backend: A name of ``k24.kernels.BACKENDS``, or ``auto``.
+        threads: CPU threads of backends that have their own; as many as torch uses when None.
+        source: File and digest that the net can be read from again; without them it is kept.
+
+    Attributes:
+        spec: How it is driven: what it was trained on, and its sizes.
+        device: Where it runs.
+
+    Raises:
+        UsageError: Net and spec do not fit, or the backend cannot run the net here.
+    """
+
+    def __init__(
+        self, net: Net, spec: PolicySpec, backend: str = "auto", threads: int | None = None, source: tuple[Path, str] | None = None
+    ) -> None:
+        check_shapes(net, spec)
+        self.spec, self.device = spec, net.device
+        self._prepared, self._backend = prepare(net, backend, threads), backend
+        self._source, self._net = source, None if source else net
+        self._slots, self._obs_dim, self._hidden = net.n_slots, spec.obs_dim, net.hidden
+        self._agents = spec.n_agents if spec.n_agents == net.n_slots else None
+        self._dtypes = (torch.float32, net.dtype)
+        self._never = torch.tensor(float("-inf"), device=self.device)
+
+    def __repr__(self) -> str:
+        s = self.spec
+        return f"Policy({s.task}, {s.algo}-{s.sharing}, {s.n_agents} agents, {s.obs_dim} -> {s.n_actions}, {self.backend}, {self.device})"
+
+    @property
+    def backend(self) -> str:
+        """Name of what runs now; with ``auto`` it may depend on the batches seen."""
+        return getattr(self._prepared, "name", self._backend)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, biases and masks in memory: of what runs, and of the net as it is in the file where that is kept besides."""
+        form, net = self._prepared.nbytes, self._kept_net()
+        canonical = sum(t.nbytes for layer in net.linears for t in (layer.weight, layer.bias, layer.codes) if t is not None) if net else 0
+        # A form of exactly the net's size is one that runs from the net's own tensors.
+        return form if form == canonical else form + canonical
+
+    @property
+    def net(self) -> Net:
+        """The net as it is in the file; read again where only the backend's form of it is in memory.
+
+        Raises:
+            PolicyFileError: The file is gone or is another one now.
+        """
+        net = self._kept_net()
+        if net is None:
+            assert self._source is not None
+            path, digest = self._source
+            net, _, found = read_policy(path)
+            if found != digest:
+                raise PolicyFileError(f"policy file {str(path)!r} is another one than was loaded: load it again")
+            net = net.to(self.device)
+        return net
+
+    def _kept_net(self) -> Net | None:
+        """The net if it is in memory. A backend that does not need it keeps its shapes alone, on torch's device ``meta``."""
+        net = self._net or self._prepared.net
+        return None if net.device.type == "meta" else net
+
+    def act(self, obs: Any, state: Tensor | None = None, *, avail: Any = None, slots: Any = None) -> tuple[Any, Tensor]:
+        """Chooses the action of largest value.
+
+        Args:
+            obs: Observations ``[n_agents, n_envs, obs_dim]``, or ``[n_agents, obs_dim]`` of one environment, or ``[rows, obs_dim]`` with
+                ``slots``; a tensor or an array.
+            state: What the call before returned; None at the start of an episode.
+            avail: bool, which actions can be taken, as ``obs`` with ``n_actions`` in place of ``obs_dim``; a row without any gets action 0.
+            slots: int64 ``[rows]``, whose policy each row follows (agents of several types); negative for a row that counts for nothing.
+
+        Returns:
+            Actions, int64 of the shape of ``obs`` without ``obs_dim``, an array where ``obs`` was none of torch's; and the next state.
+
+        Raises:
+            UsageError: A shape or a slot does not fit the policy.
+        """
+        values, state = self._outputs(obs, state, slots)
+        if avail is not None:
+            values = self._masked(values, avail)
+        actions = values.argmax(-1)
+        return actions if isinstance(obs, Tensor) else actions.cpu().numpy(), state
+
+    def outputs(self, obs: Any, state: Tensor | None = None, slots: Any = None) -> tuple[Any, Tensor]:
+        """The values that :meth:`act` chooses by.
+
+        Args:
+            obs: As for :meth:`act`.
+            state: As for :meth:`act`.
+            slots: As for :meth:`act`.
+
+        Returns:
+            Values, of the shape of ``obs`` with ``n_actions`` in place of ``obs_dim``, an array where ``obs`` was none of torch's; and the
+            next state.
+        """
+        values, state = self._outputs(obs, state, slots)
+        return values if isinstance(obs, Tensor) else values.cpu().numpy(), state
+
+    q_values = outputs
+
+    def _outputs(self, obs: Any, state: Tensor | None, slots: Any) -> tuple[Tensor, Tensor]:
+        x = obs if isinstance(obs, Tensor) else _tensor(obs, np.float32, "obs")
+        if x.dtype not in self._dtypes or x.device != self.device:
+            x = x.to(self.device, x.dtype if x.dtype in self._dtypes else torch.float32)
+        shape = x.shape
+        rank = len(shape)
+        if slots is not None or not 2 <= rank <= 3 or shape[0] != self._agents or shape[-1] != self._obs_dim:
+            return self._mixed_rows(x, state, slots)  # or an error
+        rows = shape[1] if rank == 3 else 1
+        if state is None:
+            state = x.new_zeros(self._slots, rows, self._hidden)
+        else:
+            state = self._checked_state(state, x, shape[:-1])
+            if rank == 2:
+                state = state.unsqueeze(1)
+        if rank == 2:
+            x = x.unsqueeze(1)
+        if self.spec.agent_id:
+            x = torch.cat((x, self._ids if rows == 1 else self._ids.expand(-1, rows, -1)), -1)
+        values, state = self._prepared.run(x, state, None)
+        return (values, state) if rank == 3 else (values.squeeze(1), state.squeeze(1))
+
+    def _mixed_rows(self, x: Tensor, state: Tensor | None, slots: Any) -> tuple[Tensor, Tensor]:
+        if slots is None:
+            if self._agents is None:
+                raise UsageError(f"this policy has {self._slots} slots for {self.spec.n_agents} agents: say with slots whose each row is")
+            n, d = self._slots, self._obs_dim
+            raise UsageError(f"obs must be [{n}, envs, {d}] or [{n}, {d}] (agents first), got {list(x.shape)}")
+        slots = slots if isinstance(slots, Tensor) else _tensor(slots, None, "slots")
+        if slots.dtype != torch.int64 or slots.ndim != 1 or tuple(x.shape) != (*slots.shape, self._obs_dim):
+            raise UsageError(
+                f"with slots, obs must be [rows, {self._obs_dim}] and slots int64 [rows], got {list(x.shape)} and {slots.dtype} "
+                f"{list(slots.shape)}"
+            )
+        slots = slots.to(self.device)
+        if state is not None:
+            state = self._checked_state(state, x, x.shape[:-1])
+        if self.spec.agent_id:
+            x = torch.cat((x, self._ids[slots.clamp(0, self._slots - 1), 0]), -1)
+        return self._prepared(x, state, slots)
+
+    def _checked_state(self, state: Tensor, x: Tensor, rows: torch.Size) -> Tensor:
+        if not isinstance(state, Tensor) or state.shape[:-1] != rows or state.shape[-1] != self._hidden:
+            found = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise UsageError(f"state must be the tensor {[*rows, self._hidden]} that the call before returned, got {found}")
+        return state if state.dtype is x.dtype and state.device == self.device else state.to(x)
+
+    def _masked(self, values: Tensor, avail: Any) -> Tensor:
+        avail = avail if isinstance(avail, Tensor) else _tensor(avail, np.bool_, "avail")
+        if avail.shape != values.shape:
+            raise UsageError(f"avail must be {list(values.shape)}, got {list(avail.shape)}")
+        if avail.dtype is not torch.bool or avail.device != self.device:
+            avail = avail.to(self.device, torch.bool)
+        return torch.where(avail, values, self._never)
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        """One-hot index of each agent ``[A, 1, A]``; made when first needed, because it is the one thing here larger than the file."""
+        return torch.eye(self._slots, device=self.device)[:, None]
+
+
+def _tensor(values: Any, dtype: type | None, name: str) -> Tensor:
+    """An array as a tensor; copied only where torch could not use its memory."""
+    try:
+        return torch.from_numpy(np.require(values, dtype, ["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{name} must be a tensor or an array of numbers ({error})") from error
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device {name!r} is not known: use cpu, cuda or cuda:<index>") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {str(name)!r} cannot run policies: use cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {str(name)!r} was asked for and torch finds {torch.cuda.device_count()} CUDA devices: use cpu")
+    return device
+
+
+__all__ = ["Policy", "PolicySpec", "load_policy", "save_policy"]
