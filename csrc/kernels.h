@@ -618,18 +618,17 @@ void run_panel(const Net &net, int64_t slot, const float *x, const float *h, flo
   from_panel(y, net.out, rows, there, WIDTH);
 }
 
-// Rows of one slot in panels of two registers, then one; returns how many rows are left, too few to fill the lanes.
+// Rows of one slot in panels of 32 where registers allow, then of 16; returns how many rows are left, too few for a panel.
 template <class Pairs>
 int64_t run_panels(const Net &net, int64_t slot, const float *x, const float *h, float *y, float *h_next, int64_t rows, Scratch &scratch, bool poison) {
-  constexpr int64_t FULL = 7 * LANES / 8;  // a register filled less loses more than panels win
+  constexpr int64_t SMALL = 16, LARGE = 2 * LANES, EMPTY = 2;  // a panel with more empty lanes loses more than it wins
   int64_t row = 0;
-  while (rows - row >= FULL) {
-    const int64_t left = rows - row;
+  while (rows - row >= SMALL - EMPTY) {
+    const int64_t left = rows - row, some = std::min<int64_t>(left >= LARGE - EMPTY ? LARGE : SMALL, left);
     const float *xs = x + row * net.in, *hs = h + row * net.hidden;
     float *ys = y + row * net.out, *next = h_next + row * net.hidden;
-    const int64_t some = std::min<int64_t>(left >= LANES + FULL ? 2 * LANES : LANES, left);
-    if (some > LANES) run_panel<Pairs, 2>(net, slot, xs, hs, ys, next, some, scratch, poison);
-    else run_panel<Pairs, 1>(net, slot, xs, hs, ys, next, some, scratch, poison);
+    if (some > SMALL || SMALL == LARGE) run_panel<Pairs, LARGE / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
+    else run_panel<Pairs, SMALL / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
     row += some;
   }
   return rows - row;

@@ -38,7 +38,7 @@ K24_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 K24_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 K24_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 K24_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-K24_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+K24_INLINE F rough_inverse(F v) { return _mm512_rcp14_ps(v); }
 K24_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 K24_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 K24_INLINE F keep(F v, I bits, int which) {  // v where a lane's bit is set, else 0
@@ -101,7 +101,7 @@ K24_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 K24_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 K24_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 K24_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
-K24_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+K24_INLINE F rough_inverse(F v) { return _mm256_rcp_ps(v); }
 K24_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 K24_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 K24_INLINE F keep(F v, I bits, int which) {
@@ -147,7 +147,12 @@ K24_INLINE F exp(F x) {
   return mul(p, power_of_two(n));
 }
 
-K24_INLINE F sigmoid(F x) { return div(all(1.0f), add(all(1.0f), exp(sub(zero(), x)))); }
+// 1 / (1 + exp(-x)), the division as an estimate and one step of Newton's method: relative error below 4e-7.
+K24_INLINE F sigmoid(F x) {
+  const F d = add(all(1.0f), exp(sub(zero(), x)));
+  const F r = rough_inverse(d);
+  return mul(r, sub(all(2.0f), mul(d, r)));
+}
 K24_INLINE F tanh(F x) { return sub(mul(all(2.0f), sigmoid(mul(all(2.0f), x))), all(1.0f)); }
 
 }  // namespace K24_ISA

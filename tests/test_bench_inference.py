@@ -26,7 +26,7 @@ from k24.policy import save_policy
 TINY = ("--hidden", "8", "--agents", "2", "--envs", "1", "--obs", "6", "--repeats", "1", "--compile", "off", "--backend", "dense")
 FIELDS = {
     *("op", "hidden", "agents", "envs", "dtype", "backend", "us", "us_iqr", "torch_us", "torch_how", "compile_us", "onnx_us", "twin_us"),
-    *("over_torch", "over_onnx", "over_twin", "max_abs_err", "nbytes"),
+    *("eager_us", "over_eager", "over_torch", "over_onnx", "over_twin", "max_abs_err", "nbytes"),
 }
 
 
@@ -169,7 +169,7 @@ def test_the_heat_is_won_by_the_fastest() -> None:
 
 def test_summary_groups_by_rows_and_counts_losses() -> None:
     def row(op: str, envs: int, torch_: float | None, twin: float | None, us: float | None = 1.0) -> dict:
-        return {"op": op, "envs": envs, "us": us, "over_torch": torch_, "over_compile": None, "over_onnx": None, "over_twin": twin}
+        return {"op": op, "envs": envs, "us": us, "over_eager": None, "over_torch": torch_, "over_compile": None, "over_onnx": None, "over_twin": twin}
 
     rows = [
         row("layer", 1, 3.0, 1.5),
@@ -180,7 +180,7 @@ def test_summary_groups_by_rows_and_counts_losses() -> None:
     ]
     rows += [row("policy", 1, 9.0, 1.1), row("policy", 1, None, None, us=None)]
     found = {(group.pop("op"), group.pop("envs")): group for group in summary(rows)}
-    empty = {"over_compile": None, "over_onnx": None}
+    empty = {"over_eager": None, "over_compile": None, "over_onnx": None}
     assert found == {
         ("layer", "1"): {"cases": 2, "over_torch": 4.0, "over_twin": 1.0, "slower": 1, **empty},
         ("layer", "2 to 31"): {"cases": 1, "over_torch": 2.0, "over_twin": 1.0, "slower": 0, **empty},

@@ -1,8 +1,8 @@
 """Speed of running a net, beside everything it competes with, in one process.
 
 Two operations. ``layer``: one masked ``[H, H]`` linear layer per agent. ``policy``: a whole acting step, fc1 → GRU → fc2 → fc3 → fc4, from
-observations to action values and the next state. The rivals are dense: plain torch in its best form, ``torch.compile``, ONNX Runtime, and
-the *twin*, our own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over
+observations to action values and the next state. The rivals are dense: torch as one writes it (``eager``: results are new tensors, as ours
+are), torch with every operand and result bound beforehand (``torch``), ``torch.compile``, ONNX Runtime bound likewise, and the *twin*, our own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over
 the others is that and the kernel.
 
 Correctness comes first: what does not agree with the reference, computed in float64, is not timed.
@@ -35,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # held in less.
 TOLERANCE = {"fp32": 1e-5, "bf16": 4 * 2**-8, "fp16": 4 * 2**-11}
 # Ours are compared with these, in this order in tables.
-RIVALS = ("torch", "compile", "onnx", "twin")
+RIVALS = ("eager", "torch", "compile", "onnx", "twin")
 # From so many shapes on, `--compile auto` leaves torch.compile out: it takes seconds for each.
 FEW_CASES = 4
 # More than any GPU's L2 cache.
@@ -305,6 +305,7 @@ def _on_cpu(
     clock: Callable[[], float] | None,
 ) -> dict[str, Any]:
     makers: dict[str, Callable[[], list[Candidate]]] = {
+        "eager": lambda: [_ours(net, x, h, form, options.threads)[0] for form in ("dense", "dense_linear")],
         "torch": lambda: torch_eagers(net, x, h),
         "compile": lambda: [torch_compiled(net, x, h)],
         "onnx": lambda: onnx_candidates(net, x, h, options.threads),

@@ -102,25 +102,26 @@ class TritonNet(Prepared):
         from k24.kernels import triton_kernels
 
         self.net, self._kernels = net, triton_kernels
-        self._layers = {id(layer): self._lay(layer) for block in net.blocks for layer in ([block] if isinstance(block, Linear) else [])}
+        self._layers: dict[int, _Layer] = {}
         for block in net.blocks:
-            if isinstance(block, GRU):
-                self._layers |= {id(layer): self._lay(layer, 3) for layer in (block.input, block.recurrent)}
+            for layer in (block.input, block.recurrent) if isinstance(block, GRU) else (block,):
+                self._layers[id(layer)] = self._lay(layer, 3 if isinstance(block, GRU) else 1)
         self._tables: dict[tuple[int, int, int], Tensor] = {}
-        held = [t for layer in self._layers.values() for t in (layer.weight, layer.bias, layer.bits) if t is not None]
+        held = [t for laid in self._layers.values() for t in (laid.weight, laid.bias, laid.bits) if t is not None]
         self.nbytes = sum(t.numel() * t.element_size() for t in held)
 
-    def _lay(self, layer: Linear, parts: int = 1) -> _Layer:
+    def _lay(self, layer: Linear, parts: int) -> _Layer:
+        """Widens a layer whose outputs are so many parts."""
         width = self._kernels.padded_width
         outputs, inputs = width(layer.out_features // parts), width(layer.in_features)
-        bias = padded(layer.bias[..., None], parts, outputs, 1)[..., 0]
+        weight = padded(layer.weight, parts, outputs, inputs)
+        bias = padded(layer.bias[..., None], parts, outputs, 1)[..., 0].contiguous()
         if layer.codes is None:
-            return _Layer(padded(layer.weight, parts, outputs, inputs), bias.to(layer.weight.dtype), None, layer.relu)
-        bits = pack_bits(layer, parts, outputs, inputs)
-        return _Layer(padded(layer.weight, parts, outputs, inputs), bias.contiguous(), bits, layer.relu)
+            return _Layer(weight, bias.to(weight.dtype), None, layer.relu)
+        return _Layer(weight, bias, pack_bits(layer, parts, outputs, inputs), layer.relu)
 
     def _block_table(self, rows: int, per_entry: int, multiple: int) -> Tensor:
-        """Entries of blocks, slots fastest, filled up with empty ones; made once per shape."""
+        """Entries of blocks, slots fastest, filled up with empty ones; made once per shape and kept, for graphs that read them."""
         key = (rows, per_entry, multiple)
         if key not in self._tables:
             entries = [
@@ -154,8 +155,7 @@ class TritonNet(Prepared):
         """``[rows, I]`` to ``[rows, O]`` of a type."""
         mixed = rows.table is not None
         if layer.bits is None and not mixed:
-            bias = layer.bias if layer.weight.shape[0] == 1 else layer.bias.expand(layer.weight.shape[0], -1)
-            y = apply_slots(x.view(rows.slots, -1, x.shape[1]), layer.weight, bias)
+            y = apply_slots(x.view(rows.slots, -1, x.shape[1]), layer.weight, layer.bias)
             return (y.relu_() if layer.relu else y).flatten(0, 1).to(dtype)
         _, outputs, inputs = layer.weight.shape
         tile = self._kernels.choose_tile(layer.weight.dtype, inputs, outputs, rows.slots, rows.per_slot, mixed)
