@@ -66,6 +66,7 @@ class PolicySpec:
         n_actions: Actions of one agent.
         agent_id: Whether acting appends the agent's one-hot index to its observation.
         action: Kind of action; ``discrete``, chosen by the largest output.
+        env_args: Arguments of its task, each as ``name=value``.
     """
 
     task: str
@@ -77,6 +78,7 @@ class PolicySpec:
     n_actions: int
     agent_id: bool = False
     action: str = "discrete"
+    env_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuses values of the wrong kind."""
@@ -88,6 +90,8 @@ class PolicySpec:
         strict.whole(self.n_actions, "n_actions", 1)
         strict.flag(self.agent_id, "agent_id")
         strict.one_of(self.action, "action", ["discrete"])
+        given = list(self.env_args) if isinstance(self.env_args, tuple) else self.env_args  # JSON has lists
+        object.__setattr__(self, "env_args", tuple(strict.text(item, "env_args") for item in strict.items(given, "env_args")))
 
 
 def layer_names(net: Net) -> list[str]:

@@ -174,7 +174,7 @@ def open_policy(
         path: The file.
         device: Where to play.
         backend: What runs it; see :func:`k24.kernels.prepare`.
-        env_args: Arguments of its task, each as name=value.
+        env_args: Arguments of its task, each as name=value; those it was trained with when empty.
         random: Play at random instead.
 
     Raises:
@@ -182,7 +182,7 @@ def open_policy(
     """
     policy = load_policy(path, device, backend)
     spec = policy.spec
-    config = TrainConfig(task=spec.task, env_args=env_args)
+    config = TrainConfig(task=spec.task, env_args=env_args or spec.env_args)
 
     def make(n_envs: int) -> TeamEnv:
         env = build_env(config, n_envs, device)

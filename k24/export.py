@@ -106,6 +106,7 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
         obs_dim=agent_net.obs_dim,
         n_actions=agent_net.n_outputs,
         agent_id=agent_net.agent_id,
+        env_args=run.config.env_args,
     )
     typed = _as_type(net, list(agent_net.layers), dtype)
     with contextlib.ExitStack() as files:

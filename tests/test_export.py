@@ -188,8 +188,7 @@ def test_a_file_plays_as_the_run_does(tmp_path, capsys, sharing):
     out = tmp_path / "p.safetensors"
     export_run(tmp_path / "run", out)
     results = []
-    options = ["--env-args", "n_agents=3", "n_cues=3"]
-    for source in ([tmp_path / "run"], [out, *options], [out, *options, "--random"]):
+    for source in ([tmp_path / "run"], [out], [out, "--random"]):
         assert main(["eval", *map(str, source), "--episodes", "100", "--device", "cpu"]) == 0
         results.append(last_json(capsys.readouterr().out))
     assert results[0] == results[1]

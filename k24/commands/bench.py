@@ -110,7 +110,24 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     from rich.text import Text
 
     made = Table(title=title, title_justify="left")
-    for name in ("op", "H", "A", "B", "ours", "±", "eager", "torch", "compile", "onnx", "twin", "over eager", "torch", "onnx", "twin", "error"):
+    for name in (
+        "op",
+        "H",
+        "A",
+        "B",
+        "ours",
+        "±",
+        "eager",
+        "torch",
+        "compile",
+        "onnx",
+        "twin",
+        "over eager",
+        "torch",
+        "onnx",
+        "twin",
+        "error",
+    ):
         made.add_column(name, justify="left" if name == "op" else "right", no_wrap=True)
 
     def number(value: float | None) -> str:
@@ -134,7 +151,9 @@ def _groups(groups: list[dict[str, Any]]) -> list[str]:
     """Median speed-ups, and how often ours was not the fastest."""
     lines = []
     for group in groups:
-        over = [f"{group[f'over_{name}']:.2f}x over {name}" for name in ("eager", "torch", "compile", "onnx", "twin") if group[f"over_{name}"]]
+        over = [
+            f"{group[f'over_{name}']:.2f}x over {name}" for name in ("eager", "torch", "compile", "onnx", "twin") if group[f"over_{name}"]
+        ]
         lost = f"; a rival was faster in {group['slower']}" if group["slower"] else ""
         cases = f"{group['cases']} case{'s' if group['cases'] > 1 else ''}"
         lines.append(f"{group['op']}, {group['envs']} rows per agent: {', '.join(over) or 'nothing to compare with'} ({cases}{lost})")

@@ -36,7 +36,7 @@ class EvalOptions:
     backend: str = "auto"
     """What runs a policy file; auto takes the fastest here."""
     env_args: tuple[str, ...] = ()
-    """Arguments of a policy file's task, each as name=value; a run knows its own."""
+    """Arguments of a policy file's task in place of those it was trained with, each as name=value."""
     gif: Path | None = None
     """Save one episode as a moving picture."""
     random: bool = False

@@ -1,0 +1,301 @@
+"""The C++ kernels: every instruction set of this machine and both layouts, with scratch memory full of NaN; and how they are loaded.
+
+tests/test_kernels.py has what is asked of every backend.
+"""
+
+from __future__ import annotations
+
+import gc
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_kernels import NETS, assert_equals_reference, gru, linear, nets, operands, recurrent
+
+from k24.errors import UsageError
+from k24.kernels import GRU, Net, cpu, prepare, reference
+
+ROOT = Path(__file__).parents[1]
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++"))), None)
+HERE = cpu.best_isa()
+FORMS = [(isa, layout) for isa in cpu.ISAS for layout in ("packed", "shared") if HERE and cpu.ISAS[isa] <= cpu.ISAS[HERE]]
+kernels = pytest.mark.skipif(HERE is None, reason="no C++ library, or no kernel for this CPU")
+
+if FORMS:
+    form = pytest.mark.parametrize("form", [partial(cpu.Cpu, isa=isa, layout=layout) for isa, layout in FORMS], ids=map(" ".join, FORMS))
+else:
+    form = pytest.mark.skip(reason="no C++ library, or no kernel for this CPU")
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    cpu.poison(True)
+    yield
+    cpu.poison(False)
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | None], None]]:
+    """Sets what stands in place of the library; what was loaded comes back afterwards."""
+
+    def put(path: Path | None) -> None:
+        monkeypatch.setattr(cpu, "library_path", lambda: path)
+        cpu._library.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    cpu._library.cache_clear()
+
+
+# What is computed ------------------------------------------------------------------------------------------------------------------
+
+
+@form
+@pytest.mark.parametrize("kind", NETS)
+def test_kinds_of_nets(form, kind: str) -> None:
+    net = NETS[kind]()
+    prepared = form(net)
+    for rows in (0, 1, 2, 5, 7, 9, 14, 16, 30, 33):
+        assert_equals_reference(prepared, net, *operands(net, rows), what=f"{rows} rows")
+        assert_equals_reference(prepared, net, *operands(net, rows, mixed=True), what=f"{rows} mixed rows")
+
+
+@form
+@given(net=nets(), rows=st.integers(0, 70), mixed=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_random_nets(form, net: Net, rows: int, mixed: bool, dtype: torch.dtype) -> None:
+    net = net.map(lambda layer: replace(layer, weight=layer.weight.to(dtype)))
+    assert_equals_reference(form(net), net, *operands(net, rows, mixed))
+
+
+@form
+@pytest.mark.parametrize("width", [250, 255, 256, 257, 260, 300, 513])
+def test_layers_that_take_several_passes(form, width: int) -> None:
+    """ReLU comes after the last pass and the bias before the first, whether rows fill a register or not."""
+    net = Net((linear(width, 40, relu=True), linear(40, width, relu=True, bias_slots=3), linear(width, 5)), 3)
+    for rows in (1, 3, 9, 13, 16, 50):
+        assert_equals_reference(form(net), net, *operands(net, rows), what=f"{rows} rows")
+
+
+@form
+def test_values_far_from_one(form) -> None:
+    """Gates are saturated, not broken, by any size of input; sums are as large as float32 allows."""
+    net = Net((gru(6, 5), linear(5, 4)), 3)
+    prepared = form(net)
+    x, h, _ = operands(net, 20)
+    for scale in (1e-30, 1e-6, 30.0, 90.0, 1e4, 1e20):
+        eps = 1e-5 if scale < 100 else 1e-3  # a gate is the sigmoid of a small difference of large numbers, now and then
+        assert_equals_reference(prepared, net, x * scale, h, eps=eps, what=f"inputs times {scale}")
+        assert_equals_reference(prepared, net, x, h * scale, eps=eps, what=f"hidden state times {scale}")
+    single = Net((linear(6, 5, relu=True),), 3)
+    x = x * 1e30
+    wanted = reference.run(single, x.double(), x.new_zeros(3, 20, 0).double())[0]
+    torch.testing.assert_close(form(single)(x)[0].double(), wanted, rtol=1e-4, atol=1e25)
+
+
+@form
+def test_gates_at_infinity(form) -> None:
+    """An update gate that is shut keeps the hidden state bit for bit; one that is open replaces it."""
+    cell = gru(4, 8, masked=False)
+    h = torch.randn(3, 18, 8)
+    for gate, wanted in ((1e9, h), (-1e9, torch.ones_like(h))):
+        bias = torch.zeros(1, 24)
+        bias[:, 8:16], bias[:, 16:] = gate, 1e9  # z, and n towards tanh(∞) = 1
+        net = Net((GRU(replace(cell.input, bias=bias), cell.recurrent),), 3)
+        torch.testing.assert_close(form(net)(torch.randn(3, 18, 4), h)[1], wanted, rtol=0, atol=1e-6)
+
+
+@form
+@pytest.mark.parametrize("rows", [1, 20])
+def test_relu_keeps_nan_and_cuts_the_rest(form, rows: int) -> None:
+    weight, bias = torch.zeros(1, 4, 4), torch.tensor([[-1.0, -0.0, 2.0, -torch.inf]])
+    net = Net((replace(linear(4, 4, slots=1, relu=True), weight=weight, bias=bias),), 1)
+    prepared = form(net)
+    assert prepared(torch.randn(1, rows, 4))[0].tolist() == [[[0, 0, 2, 0]] * rows]
+    assert prepared(torch.full((1, rows, 4), torch.nan))[0].isnan().all()
+
+
+@form
+def test_number_of_threads_out_of_range(form) -> None:
+    net = recurrent(64, 64, 5)
+    x, h, _ = operands(net, 300)
+    wanted = form(net, threads=1)(x, h)
+    for threads in (0, -3, 1000):
+        for got, right in zip(form(net, threads=threads)(x, h), wanted, strict=True):
+            torch.testing.assert_close(got, right, rtol=0, atol=1e-5)
+
+
+@form
+def test_nets_run_side_by_side(form) -> None:
+    """ctypes lets go of Python's lock, so two calls do run at once: each thread has scratch memory of its own."""
+    each = [(recurrent(10, 48, 5), 33), (recurrent(40, 16, 300), 5)]
+    wrong: list[BaseException] = []
+    start = threading.Barrier(len(each))
+
+    def work(net: Net, x: torch.Tensor, h: torch.Tensor, wanted: torch.Tensor) -> None:
+        try:
+            prepared = form(net)
+            start.wait()
+            for _ in range(300):
+                torch.testing.assert_close(prepared(x, h)[0], wanted, rtol=0, atol=1e-4)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = []
+    for net, rows in each:
+        x, h, _ = operands(net, rows)
+        threads.append(threading.Thread(target=work, args=(net, x, h, reference.run(net, x, h)[0])))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+
+
+RACE = """
+import sys, threading, torch
+from test_kernels import operands, recurrent
+from k24.kernels import cpu
+torch.set_num_threads(1)
+sys.setswitchinterval(1e-6)
+net = recurrent(16, 16, 16)
+prepared, wrong = cpu.Cpu(net), []
+def work(rows):
+    x, h, _ = operands(net, rows)
+    wanted = cpu.Cpu(net)(x, h)[0]
+    for _ in range(3000):
+        y, _ = prepared(x, h)
+        if y.shape != wanted.shape or not torch.equal(y, wanted):
+            wrong.append(rows)
+threads = [threading.Thread(target=work, args=(rows,)) for rows in (1, 3, 40, 5)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print("wrong results:", len(wrong))
+"""
+
+
+@kernels
+def test_one_net_runs_in_several_threads() -> None:
+    """With other numbers of rows in each. In a process of its own, which may break where this one should go on."""
+    done = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    assert done.stdout == "wrong results: 0\n", f"exit status {done.returncode}: {done.stdout}{done.stderr[-300:]}"
+
+
+@kernels
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_nets_that_are_dropped_give_their_memory_back(layout: str) -> None:
+    net = Net((linear(256, 1024, slots=8), linear(1024, 64, slots=8)), 8)
+    size = cpu.Cpu(net, layout=layout).nbytes
+    x = torch.randn(8, 20, 256)
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    for _ in range(3):
+        cpu.Cpu(net, layout=layout)(x)
+    before, count = resident(), 12
+    for _ in range(count):
+        cpu.Cpu(net, layout=layout)(x)
+    assert resident() - before < count * size / 4
+
+
+# How they are chosen and loaded ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(COMPILER is None or sys.platform == "win32", reason="no C++ compiler")
+def test_library_is_there_where_there_is_a_compiler() -> None:
+    assert cpu.library_path() is not None, "there is a C++ compiler, but the library was not built: pip install -e ."
+    assert not isinstance(cpu._library(), str), cpu._library()
+
+
+@kernels
+def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = recurrent(10, 24, 5)
+    monkeypatch.delenv("K24_ISA", raising=False)
+    assert cpu.Cpu(net).isa == FORMS[0][0]
+    for isa in dict.fromkeys(isa for isa, _ in FORMS):
+        monkeypatch.setenv("K24_ISA", isa)
+        prepared = cpu.Cpu(net)
+        assert prepared.isa == isa
+        assert_equals_reference(prepared, net, *operands(net, 20))
+    monkeypatch.setenv("K24_ISA", "sse2")
+    with pytest.raises(UsageError, match="K24_ISA=sse2 in the environment is not known: use avx512 or avx2"):
+        prepare(net, "cpu")
+
+
+@kernels
+def test_instruction_set_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = cpu._library()
+    monkeypatch.delenv("K24_ISA", raising=False)
+    monkeypatch.setattr(library, "k24_best_isa", lambda: 0)
+    with pytest.raises(UsageError, match="backend 'cpu' cannot run this net here: this CPU has neither AVX-512 nor AVX2"):
+        prepare(recurrent(10, 24, 5), "cpu")
+    monkeypatch.setattr(library, "k24_best_isa", lambda: cpu.ISAS["avx2"])
+    assert cpu.best_isa() == "avx2"
+    monkeypatch.setenv("K24_ISA", "avx512")
+    with pytest.raises(UsageError, match="or not what K24_ISA asks for"):
+        prepare(recurrent(10, 24, 5), "cpu")
+
+
+def test_no_library(no_library) -> None:
+    no_library(None)
+    net = recurrent(10, 24, 5)
+    for name in ("cpu", "cpu_shared"):
+        with pytest.raises(
+            UsageError, match=rf"backend '{name}' cannot run this net here: .*not built: install a C\+\+ compiler.*reinstall k24"
+        ):
+            prepare(net, name)
+    assert cpu.best_isa() is None
+    cpu.poison(True)  # has nothing to do
+    auto = prepare(net)
+    assert_equals_reference(auto, net, *operands(net, 3))
+    assert auto.name.startswith("dense")
+
+
+def test_library_that_does_not_load(no_library, tmp_path: Path) -> None:
+    broken = tmp_path / "_cpu.so"
+    broken.write_bytes(b"\x7fELF and then nothing")
+    no_library(broken)
+    with pytest.raises(UsageError, match=r"its C\+\+ library does not load \(.*_cpu.so.*\): reinstall k24"):
+        prepare(recurrent(10, 24, 5), "cpu")
+
+
+def test_library_is_found_beside_the_module() -> None:
+    path = cpu.library_path()
+    assert path is None or (path.parent == Path(cpu.__file__).parent and path.name.startswith("_cpu."))
+
+
+# Under the sanitizers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="no C++ compiler, or no kernels")
+def test_kernels_touch_no_memory_but_their_own(tmp_path: Path) -> None:
+    """csrc/kernels_test.cpp under the address and undefined behaviour sanitizers. Not optimised: that checks the same and compiles sooner."""
+    flags = ["-g1", "-O0", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    avx2 = ["-mavx2", "-mfma"]
+    avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    (probe := tmp_path / "probe.cpp").write_text("int main() {}")
+    if subprocess.run([COMPILER, *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False).returncode:
+        pytest.skip("this compiler has no sanitizers or no OpenMP")
+    objects = []
+    for name, isa in {"kernels_test": [], "api": [], "avx2": avx2, "avx512": avx512}.items():
+        objects.append(tmp_path / f"{name}.o")
+        subprocess.run([COMPILER, *flags, *isa, "-c", ROOT / "csrc" / f"{name}.cpp", "-o", objects[-1]], check=True)
+    program = tmp_path / "kernels_test"
+    subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
+    # The program looks for leaks itself: the sanitizer's own search needs rights that a container may lack.
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([program, "300"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.startswith("300 nets, ") and (HERE is None or "nets, 0 runs" not in done.stdout), done.stdout
