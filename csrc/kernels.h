@@ -25,7 +25,8 @@
 namespace K24_ISA {
 
 constexpr int64_t GROUPS = 8;         // groups per index word
-constexpr int64_t PACKED_CUT = 256;   // inputs per pass of a packed tile pair: 17 KB with AVX-512
+constexpr int64_t SPREAD_LEAST = 4;   // rows from which on spreading activations pays
+constexpr int64_t SPREAD_ROWS = 16, SPREAD_CUT = 32;  // rows and groups that are spread at a time: at most 32 KB
 constexpr int64_t DENSE_CUT = 64;     // inputs per pass of four dense tiles: 16 KB with AVX-512
 constexpr int64_t PANEL_BYTES = 16384;  // of a panel per pass
 
@@ -236,7 +237,9 @@ template <int T, int NB> K24_INLINE void finish(const F (&sum)[T][NB], float *y,
 }
 
 // T tiles, `tile_bytes` apart, times NB batch rows over `groups` groups. Few sums in flight would wait for each other, so they are split in two then.
-template <class Pairs, int T, int NB>
+//
+// SPREAD: x holds each quad as a whole register already. Some machines repeat a quad while they load it, others need a shuffle for that, which is what picking is short of.
+template <class Pairs, bool SPREAD, int T, int NB>
 void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx, const float *bias, float *y, int64_t ldy, int64_t groups, Pass pass) {
   constexpr bool SPLIT = T * NB <= 8;
   F sum[T][NB], rest[T][NB];
@@ -253,7 +256,7 @@ void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx
       other[t] = shift_right<2>(which[t]);
     }
     for (int b = 0; b < NB; ++b) {
-      const F inputs = quad(x + b * ldx);
+      const F inputs = SPREAD ? load(x + b * ldx) : quad(x + b * ldx);
       for (int t = 0; t < T; ++t) {
         sum[t][b] = fma(first[t], pick(inputs, which[t]), sum[t][b]);
         F &to = SPLIT ? rest[t][b] : sum[t][b];
@@ -261,7 +264,7 @@ void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx
       }
     }
     for (int t = 0; t < T; ++t) which[t] = shift_right<4>(which[t]);
-    x += 4;
+    x += SPREAD ? LANES : 4;
   };
   for (; groups >= GROUPS; groups -= GROUPS) {
     for (int t = 0; t < T; ++t) which[t] = load(reinterpret_cast<const uint32_t *>(w + t * tile_bytes));
@@ -419,24 +422,6 @@ template <int MOST, class Function> K24_INLINE void by_rows(int64_t rows, Functi
   }
 }
 
-// Tiles t0 .. t0 + T of a packed layer on rows of one slot.
-template <class Pairs, int T, int MOST>
-void packed_tiles(const Layer &layer, int64_t slot, int64_t t0, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows) {
-  const int64_t groups = layer.padded_in / 4, tile_bytes = packed_bytes<Pairs>(groups);
-  const char *w = layer.weights.data() + slot * layer.weight_stride + t0 * tile_bytes;
-  const float *bias = reinterpret_cast<const float *>(layer.bias.data()) + slot * layer.bias_stride + t0 * LANES;
-  y += t0 * LANES;
-  const int64_t cut = rows > MOST ? PACKED_CUT / 4 : groups;  // a single pass over the rows has nothing to keep in cache
-  for (int64_t g = 0; g < groups; g += cut) {
-    const int64_t count = std::min(cut, groups - g);
-    const Pass pass{g == 0, layer.relu && g + count == groups};
-    const char *part = w + packed_bytes<Pairs>(g);
-    by_rows<MOST>(rows, [&](auto nb, int64_t row) __attribute__((always_inline)) {
-      packed_block<Pairs, T, nb()>(part, tile_bytes, x + row * ldx + g * 4, ldx, bias, y + row * ldy, ldy, count, pass);
-    });
-  }
-}
-
 template <bool MASKED, int T, int MOST>
 void dense_tiles(const Layer &layer, int64_t slot, int64_t t0, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows) {
   const int64_t tile_floats = layer.in * LANES, tile_words = ceil_div(layer.in, 32) * LANES;
@@ -462,8 +447,33 @@ template <int FEW, class Function> K24_INLINE void by_tiles(int64_t tiles, Funct
   for (; t < tiles; ++t) f(std::integral_constant<int, 1>{}, t);
 }
 
+// Groups g .. g + count of all tiles on rows of one slot.
+template <class Pairs, bool SPREAD>
+void packed_pass(const Layer &layer, int64_t slot, int64_t g, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows) {
+  const int64_t groups = layer.padded_in / 4, tile_bytes = packed_bytes<Pairs>(groups);
+  const char *w = layer.weights.data() + slot * layer.weight_stride + packed_bytes<Pairs>(g);
+  const float *bias = reinterpret_cast<const float *>(layer.bias.data()) + slot * layer.bias_stride;
+  const Pass pass{g == 0, layer.relu && g + count == groups};
+  by_tiles<PACKED_TILES>(layer.tiles, [&](auto t, int64_t t0) __attribute__((always_inline)) {
+    by_rows<PACKED_ROWS>(rows, [&](auto nb, int64_t row) __attribute__((always_inline)) {
+      packed_block<Pairs, SPREAD, t(), nb()>(w + t0 * tile_bytes, tile_bytes, x + row * ldx, ldx, bias + t0 * LANES, y + row * ldy + t0 * LANES, ldy, count, pass);
+    });
+  });
+}
+
 template <class Pairs> void packed_linear(const Layer &layer, const Rows &s, const float *x, int64_t ldx, float *y, int64_t ldy) {
-  by_tiles<PACKED_TILES>(layer.tiles, [&](auto t, int64_t t0) { packed_tiles<Pairs, t(), PACKED_ROWS>(layer, s.slot, t0, x, ldx, y, ldy, s.rows); });
+  const int64_t groups = layer.padded_in / 4;
+  if (s.rows < SPREAD_LEAST) return packed_pass<Pairs, false>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
+  alignas(64) static thread_local float spread[SPREAD_ROWS * SPREAD_CUT * LANES];
+  for (int64_t row = 0; row < s.rows; row += SPREAD_ROWS) {
+    const int64_t rows = std::min(SPREAD_ROWS, s.rows - row);
+    for (int64_t g = 0; g < groups; g += SPREAD_CUT) {
+      const int64_t count = std::min(SPREAD_CUT, groups - g);
+      for (int64_t b = 0; b < rows; ++b)
+        for (int64_t k = 0; k < count; ++k) store(spread + (b * count + k) * LANES, quad(x + (row + b) * ldx + (g + k) * 4));
+      packed_pass<Pairs, true>(layer, s.slot, g, count, spread, count * LANES, y + row * ldy, ldy, rows);
+    }
+  }
 }
 
 inline void linear(const Layer &layer, const Rows *segments, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy) {
