@@ -33,13 +33,14 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis k24/kernels/_cpu*.so
 	find . -path ./results -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # UNFINISHED holds the process that installs and becomes STAMP as the last step. Whoever finds one left behind by a dead process starts
 # from nothing, because pip takes a half-written package for an installed one.
 # torch goes first: while it is missing, any package that asks for it could bring a newer build with several GB of CUDA packages.
-$(STAMP): pyproject.toml constraints.txt
+# The C++ kernels are built along with k24, so their sources count.
+$(STAMP): pyproject.toml constraints.txt setup.py $(filter-out csrc/kernels_test.cpp,$(wildcard csrc/*))
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
 	    { echo 'k24 needs Python 3.11 to 3.13, and $(PYTHON) is: '"$$($(PYTHON) --version 2>&1)"'; try make PYTHON=python3.11' >&2; exit 1; }
 	@set -e; \
@@ -58,5 +59,7 @@ $(STAMP): pyproject.toml constraints.txt
 	[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch; \
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'; \
+	[ -e k24/kernels/_cpu.so ] || \
+	    echo 'the C++ kernels were not built, policies run dense: install g++, then $(BIN)/pip install -v -e . says what is wrong'; \
 	touch $(UNFINISHED); \
 	mv $(UNFINISHED) $(STAMP)

@@ -21,9 +21,9 @@ LIBRARY = Path("k24", "kernels", "_cpu.so")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno")
 
-# Each file of kernels has its own instruction set, and api.cpp asks the CPU before it calls one: what is built here may run elsewhere, so never
-# -march=native. They stand in the order of linking: of what several files bring along, as templates of the standard library, the linker
-# keeps the first copy, and it must run on every CPU that any of the files runs on.
+# Each file of kernels has its own instruction set, and api.cpp asks the CPU before it calls one. What is built here may run elsewhere, so
+# never -march=native. They stand in the order of linking: of what several files bring along, such as templates of the standard library,
+# the linker keeps the first copy, which must run on every CPU that any of the files runs on.
 API = "csrc/api.cpp"
 KERNELS = {
     "csrc/avx2.cpp": ("-mavx2", "-mfma"),

@@ -16,7 +16,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from test_kernels import assert_equals_reference, operands, recurrent
 
 from k24.kernels import cpu
@@ -172,4 +171,3 @@ def test_real_compiler(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert cpu.best_isa() is None
     finally:
         cpu._library.cache_clear()
-    assert torch.get_num_threads() == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -186,7 +186,7 @@ def nets(draw: st.DrawFn) -> Net:
     at = draw(st.integers(0, 2 * len(widths)))  # where the GRU is; past the end there is none
     each = st.sampled_from([1, slots])
     blocks: list[Linear | GRU] = []
-    for place, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+    for place, (inputs, outputs) in enumerate(pairwise(widths)):
         masked = draw(st.booleans())
         weight_slots = 1 if masked else draw(each)
         options = {"masked": masked, "code_slots": draw(each), "bias_slots": draw(each), "weight_slots": weight_slots}

@@ -281,7 +281,7 @@ def test_library_is_found_beside_the_module() -> None:
 
 @pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="no C++ compiler, or no kernels")
 def test_kernels_touch_no_memory_but_their_own(tmp_path: Path) -> None:
-    """csrc/kernels_test.cpp under the address and undefined behaviour sanitizers. Not optimised: that checks the same and compiles sooner."""
+    """csrc/kernels_test.cpp under the address and undefined behaviour sanitizers; not optimised, to compile sooner."""
     flags = ["-g1", "-O0", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     avx2 = ["-mavx2", "-mfma"]
     avx512 = [*avx2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

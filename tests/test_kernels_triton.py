@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -394,13 +395,14 @@ def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
         ("float32", 256, 256, 4, 1, False, 90),
         ("float32", 256, 256, 4, 64, False, 80),
     ]
-    environment = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    repository = str(Path(__file__).parents[1])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([repository, os.environ.get("PYTHONPATH", "")])}
     program = tmp_path / "compile_kernels.py"
     program.write_text(COMPILE, encoding="utf-8")  # Triton reads the source of kernels, so nothing may stand on a command line
     done = subprocess.run(
         [sys.executable, str(program), json.dumps(cases)],
-        cwd=Path(__file__).parents[1],
-        env=environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

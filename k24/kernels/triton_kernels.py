@@ -25,8 +25,8 @@ Two kernels multiply: :func:`product` with tensor cores (float32: plain fused mu
 ``FEW`` rows a slot, where a tensor core would mostly multiply padding.
 
 State: results are checked in Triton's interpreter (TRITON_INTERPRET=1), and every tile that :func:`choose_tile` gives compiles to machine
-code for compute capability 8.0 and 9.0: masking happens in registers between shared memory and the tensor core, loads are 16 bytes wide,
-nothing spills worth the name. Nothing here has run on a GPU: speed is unmeasured, and the tiles are reasoned, not tuned.
+code for compute capability 8.0 and 9.0: masks are applied in registers between shared memory and the tensor cores, weights are loaded
+16 bytes at a time, at most 16 bytes a thread spill. Nothing here has run on a GPU: speed is unmeasured, the tiles are reasoned, not tuned.
 """
 
 from __future__ import annotations
