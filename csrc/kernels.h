@@ -25,7 +25,8 @@
 namespace K24_ISA {
 
 constexpr int64_t GROUPS = 8;         // groups per index word
-constexpr int64_t SPREAD_LEAST = 4;   // rows from which on spreading activations pays
+constexpr int FEW_ROWS = 3;           // rows up to which more tiles at a time pay, and spreading activations does not
+constexpr int64_t FAR = 768 * 1024;   // bytes of a net that a second-level cache does not hold from one run to the next
 constexpr int64_t SPREAD_ROWS = 16, SPREAD_CUT = 32;  // rows and groups that are spread at a time: at most 32 KB
 constexpr int64_t DENSE_CUT = 64;     // inputs per pass of four dense tiles: 16 KB with AVX-512
 constexpr int64_t PANEL_BYTES = 16384;  // of a panel per pass
@@ -109,6 +110,7 @@ enum class Form { PACKED_FP32, PACKED_BF16, DENSE, SHARED };
 struct Layer {
   Form form;
   bool relu;
+  bool far = false;            // whether the net is too large for the second-level cache
   int64_t in, out;             // as stored
   int64_t padded_in;           // to whole groups: what is read of an activation row
   int64_t segment, padded_segment;  // output rows per gate of a GRU (all of them elsewhere), and padded to whole tiles
@@ -236,31 +238,29 @@ template <int T, int NB> K24_INLINE void finish(const F (&sum)[T][NB], float *y,
     for (int b = 0; b < NB; ++b) storeu(y + b * ldy + t * LANES, pass.relu ? max(zero(), sum[t][b]) : sum[t][b]);
 }
 
-// T tiles, `tile_bytes` apart, times NB batch rows over `groups` groups. Few sums in flight would wait for each other, so they are split in two then.
+// T tiles, `tile_bytes` apart, times NB batch rows over `groups` groups.
 //
 // SPREAD: x holds each quad as a whole register already. Some machines repeat a quad while they load it, others need a shuffle for that, which is what picking is short of.
 template <class Pairs, bool SPREAD, int T, int NB>
 void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx, const float *bias, float *y, int64_t ldy, int64_t groups, Pass pass) {
-  constexpr bool SPLIT = T * NB <= 8;
-  F sum[T][NB], rest[T][NB];
+  F sum[T][NB];
   begin<T, NB>(sum, bias, y, ldy, pass);
-  if constexpr (SPLIT)
-    for (int t = 0; t < T; ++t)
-      for (int b = 0; b < NB; ++b) rest[t][b] = zero();
   I which[T];
   auto step = [&](const char *values) __attribute__((always_inline)) {
     F first[T], second[T];
     I other[T];
     for (int t = 0; t < T; ++t) {
       Pairs::read(values + t * tile_bytes, first[t], second[t]);
+      // A pass takes a short piece of every tile's stream, too short for the hardware to foresee: fetch that of the next tiles.
+      if constexpr (SPREAD)
+        for (int64_t line = 0; line < Pairs::BYTES; line += 64) _mm_prefetch(values + (T + t) * tile_bytes + line, _MM_HINT_T0);
       other[t] = shift_right<2>(which[t]);
     }
     for (int b = 0; b < NB; ++b) {
       const F inputs = SPREAD ? load(x + b * ldx) : quad(x + b * ldx);
       for (int t = 0; t < T; ++t) {
         sum[t][b] = fma(first[t], pick(inputs, which[t]), sum[t][b]);
-        F &to = SPLIT ? rest[t][b] : sum[t][b];
-        to = fma(second[t], pick(inputs, other[t]), to);
+        sum[t][b] = fma(second[t], pick(inputs, other[t]), sum[t][b]);
       }
     }
     for (int t = 0; t < T; ++t) which[t] = shift_right<4>(which[t]);
@@ -278,9 +278,6 @@ void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx
     w += LANES * 4;
     for (; groups > 0; --groups, w += Pairs::BYTES) step(w);
   }
-  if constexpr (SPLIT)
-    for (int t = 0; t < T; ++t)
-      for (int b = 0; b < NB; ++b) sum[t][b] = add(sum[t][b], rest[t][b]);
   finish<T, NB>(sum, y, ldy, pass);
 }
 
@@ -362,14 +359,10 @@ template <class Pairs, int V> void panel_linear(const Layer &layer, int64_t slot
 template <bool MASKED, int T, int NB>
 void dense_block(const float *w, int64_t tile_floats, const uint32_t *bits, int64_t tile_words, const float *x, int64_t ldx, const float *bias, float *y,
                  int64_t ldy, int64_t inputs, Pass pass) {
-  constexpr bool SPLIT = T * NB <= 8;
-  F sum[T][NB], rest[T][NB];
+  F sum[T][NB];
   begin<T, NB>(sum, bias, y, ldy, pass);
-  if constexpr (SPLIT)
-    for (int t = 0; t < T; ++t)
-      for (int b = 0; b < NB; ++b) rest[t][b] = zero();
   I mask[T];
-  auto step = [&](int64_t column, int bit, F(&to)[T][NB]) __attribute__((always_inline)) {
+  auto step = [&](int64_t column, int bit) __attribute__((always_inline)) {
     F weight[T];
     for (int t = 0; t < T; ++t) {
       weight[t] = load(w + column * LANES + t * tile_floats);
@@ -377,7 +370,7 @@ void dense_block(const float *w, int64_t tile_floats, const uint32_t *bits, int6
     }
     for (int b = 0; b < NB; ++b) {
       const F input = all(x[b * ldx + column]);
-      for (int t = 0; t < T; ++t) to[t][b] = fma(weight[t], input, to[t][b]);
+      for (int t = 0; t < T; ++t) sum[t][b] = fma(weight[t], input, sum[t][b]);
     }
   };
   int64_t column = 0;
@@ -385,22 +378,19 @@ void dense_block(const float *w, int64_t tile_floats, const uint32_t *bits, int6
     for (; column + 32 <= inputs; column += 32) {
       for (int t = 0; t < T; ++t) mask[t] = load(bits + column / 32 * LANES + t * tile_words);
 #pragma GCC unroll 32
-      for (int k = 0; k < 32; ++k) step(column + k, k, SPLIT && (k & 1) ? rest : sum);
+      for (int k = 0; k < 32; ++k) step(column + k, k);
     }
     if (column < inputs) {
       for (int t = 0; t < T; ++t) mask[t] = load(bits + column / 32 * LANES + t * tile_words);
-      for (int k = 0; column < inputs; ++column, ++k) step(column, k, sum);
+      for (int k = 0; column < inputs; ++column, ++k) step(column, k);
     }
   } else {
     for (; column + 4 <= inputs; column += 4) {
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) step(column + k, 0, SPLIT && (k & 1) ? rest : sum);
+      for (int k = 0; k < 4; ++k) step(column + k, 0);
     }
-    for (; column < inputs; ++column) step(column, 0, sum);
+    for (; column < inputs; ++column) step(column, 0);
   }
-  if constexpr (SPLIT)
-    for (int t = 0; t < T; ++t)
-      for (int b = 0; b < NB; ++b) sum[t][b] = add(sum[t][b], rest[t][b]);
   finish<T, NB>(sum, y, ldy, pass);
 }
 
@@ -440,22 +430,20 @@ void dense_tiles(const Layer &layer, int64_t slot, int64_t t0, const float *x, i
   }
 }
 
-// Runs f<T>(first tile) over all tiles, FEW at a time and then one by one.
-template <int FEW, class Function> K24_INLINE void by_tiles(int64_t tiles, Function f) {
-  int64_t t = 0;
-  for (; t + FEW <= tiles; t += FEW) f(std::integral_constant<int, FEW>{}, t);
-  for (; t < tiles; ++t) f(std::integral_constant<int, 1>{}, t);
+// Runs f<T>(first tile) over all tiles, MOST at a time, then half as many, down to one.
+template <int MOST, class Function> K24_INLINE void by_tiles(int64_t tiles, Function f, int64_t t = 0) {
+  for (; t + MOST <= tiles; t += MOST) f(std::integral_constant<int, MOST>{}, t);
+  if constexpr (MOST > 1) by_tiles<MOST / 2>(tiles, f, t);
 }
 
-// Groups g .. g + count of all tiles on rows of one slot.
-template <class Pairs, bool SPREAD>
+template <class Pairs, bool SPREAD, int TILES, int ROWS>
 void packed_pass(const Layer &layer, int64_t slot, int64_t g, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows) {
   const int64_t groups = layer.padded_in / 4, tile_bytes = packed_bytes<Pairs>(groups);
   const char *w = layer.weights.data() + slot * layer.weight_stride + packed_bytes<Pairs>(g);
   const float *bias = reinterpret_cast<const float *>(layer.bias.data()) + slot * layer.bias_stride;
   const Pass pass{g == 0, layer.relu && g + count == groups};
-  by_tiles<PACKED_TILES>(layer.tiles, [&](auto t, int64_t t0) __attribute__((always_inline)) {
-    by_rows<PACKED_ROWS>(rows, [&](auto nb, int64_t row) __attribute__((always_inline)) {
+  by_tiles<TILES>(layer.tiles, [&](auto t, int64_t t0) __attribute__((always_inline)) {
+    by_rows<ROWS>(rows, [&](auto nb, int64_t row) __attribute__((always_inline)) {
       packed_block<Pairs, SPREAD, t(), nb()>(w + t0 * tile_bytes, tile_bytes, x + row * ldx, ldx, bias + t0 * LANES, y + row * ldy + t0 * LANES, ldy, count, pass);
     });
   });
@@ -463,7 +451,9 @@ void packed_pass(const Layer &layer, int64_t slot, int64_t g, int64_t count, con
 
 template <class Pairs> void packed_linear(const Layer &layer, const Rows &s, const float *x, int64_t ldx, float *y, int64_t ldy) {
   const int64_t groups = layer.padded_in / 4;
-  if (s.rows < SPREAD_LEAST) return packed_pass<Pairs, false>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
+  if (s.rows <= FEW_ROWS) return packed_pass<Pairs, false, FEW_ROWS_TILES, FEW_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
+  // What comes from beyond the second-level cache had better come in one stream per tile.
+  if (layer.far && s.rows < PACKED_ROWS) return packed_pass<Pairs, false, PACKED_TILES, PACKED_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
   alignas(64) static thread_local float spread[SPREAD_ROWS * SPREAD_CUT * LANES];
   for (int64_t row = 0; row < s.rows; row += SPREAD_ROWS) {
     const int64_t rows = std::min(SPREAD_ROWS, s.rows - row);
@@ -471,7 +461,7 @@ template <class Pairs> void packed_linear(const Layer &layer, const Rows &s, con
       const int64_t count = std::min(SPREAD_CUT, groups - g);
       for (int64_t b = 0; b < rows; ++b)
         for (int64_t k = 0; k < count; ++k) store(spread + (b * count + k) * LANES, quad(x + (row + b) * ldx + (g + k) * 4));
-      packed_pass<Pairs, true>(layer, s.slot, g, count, spread, count * LANES, y + row * ldy, ldy, rows);
+      packed_pass<Pairs, true, PACKED_TILES, PACKED_ROWS>(layer, s.slot, g, count, spread, count * LANES, y + row * ldy, ldy, rows);
     }
   }
 }
@@ -538,6 +528,7 @@ inline void *create(int64_t slots, int64_t count, const k24_layer *from, int32_t
         net->padded_hidden = layer.padded_segment;
       }
     }
+    for (Layer &layer : net->layers) layer.far = net->bytes() > FAR;
   } catch (...) {
     delete net;
     throw;

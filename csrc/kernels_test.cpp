@@ -116,8 +116,8 @@ struct Net {
 
   explicit Net(Fence fence) {
     static const int64_t widths[] = {1,  2,  3,  4,  5,  6,  7,  8,  9,  11, 12, 13,  15,  16,  17,  18,  20,  24, 28,
-                                     31, 32, 33, 36, 40, 47, 48, 49, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 300};
-    const bool large = chance(4);
+                                     31, 32, 33, 36, 40, 47, 48, 49, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 300, 520};
+    const bool large = chance(8);
     const auto width = [&] { return large ? one_of(widths) : widths[below(28)]; };
     slots = chance(3) ? 64 + below(4) : 1 + below(5);
     in = out = width();

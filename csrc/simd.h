@@ -14,7 +14,7 @@ namespace K24_ISA {
 
 constexpr int LANES = 16;
 // Blocks that fill the 32 registers: tiles times batch rows, and the sums of a panel.
-constexpr int PACKED_TILES = 2, PACKED_ROWS = 8, DENSE_TILES = 4, DENSE_ROWS = 6, PANEL_SUMS = 16;
+constexpr int FEW_ROWS_TILES = 4, PACKED_TILES = 2, PACKED_ROWS = 8, DENSE_TILES = 4, DENSE_ROWS = 6, PANEL_SUMS = 16;
 using F = __m512;
 using I = __m512i;
 
@@ -74,7 +74,7 @@ K24_INLINE void transpose(F (&r)[LANES]) {
 
 constexpr int LANES = 8;
 // Blocks that fill the 16 registers.
-constexpr int PACKED_TILES = 1, PACKED_ROWS = 8, DENSE_TILES = 2, DENSE_ROWS = 6, PANEL_SUMS = 8;
+constexpr int FEW_ROWS_TILES = 2, PACKED_TILES = 1, PACKED_ROWS = 8, DENSE_TILES = 2, DENSE_ROWS = 6, PANEL_SUMS = 8;
 using F = __m256;
 using I = __m256i;
 

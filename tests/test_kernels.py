@@ -435,8 +435,13 @@ def codes_of(*shape: int) -> Tensor:
         (lambda: Net((gru(4, 4), gru(4, 4)), 3), "at least one layer and at most one GRU"),
         (lambda: Net((linear(4, 5), linear(4, 4)), 3), "a layer takes 4 inputs where the one before it has 5 outputs"),
         (lambda: Net((gru(4, 5), linear(4, 4)), 3), "a layer takes 4 inputs where the one before it has 5 outputs"),
-        (lambda: Net((linear(4, 5, slots=2),), 3), r"layers have \[2\] slots: each must have 1 or all 3"),
-        (lambda: Net((linear(4, 5, bias_slots=2),), 3), r"layers have \[3\] slots"),
+        (lambda: Net((linear(4, 5, slots=2),), 3), "each must have 1 or all 3"),
+        (lambda: Net((linear(4, 5, bias_slots=2),), 3), "each must have 1 or all 3"),
+        (lambda: Net((linear(4, 5, slots=3, bias_slots=4, code_slots=2),), 4), "each must have 1 or all 4"),
+        (lambda: Net((linear(4, 5, slots=1),), 0), "at least one slot"),
+        (lambda: linear(4, 0), "at least one"),
+        (lambda: Linear(torch.zeros(1, 4, 0), torch.zeros(1, 4)), "at least one"),
+        (lambda: gru(4, 0), "at least one"),
     ],
 )
 def test_nets_that_cannot_be(make, message: str) -> None:

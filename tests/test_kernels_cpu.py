@@ -134,6 +134,17 @@ def test_number_of_threads_out_of_range(form) -> None:
             torch.testing.assert_close(got, right, rtol=0, atol=1e-5)
 
 
+@kernels
+@pytest.mark.parametrize("layout", ["packed", "shared"])
+def test_codes_that_are_no_pattern_are_refused(layout: str) -> None:
+    """The library takes codes for indices."""
+    layer = linear(8, 4)
+    assert layer.codes is not None
+    layer.codes[1, 2, 1] = 6
+    with pytest.raises(UsageError, match="6"):
+        cpu.Cpu(Net((layer,), 3), layout=layout)
+
+
 @form
 def test_nets_run_side_by_side(form) -> None:
     """ctypes lets go of Python's lock, so two calls do run at once: each thread has scratch memory of its own."""
@@ -235,6 +246,27 @@ def test_environment_chooses_the_instruction_set(monkeypatch: pytest.MonkeyPatch
 
 
 @kernels
+def test_names_that_do_not_exist() -> None:
+    net = recurrent(10, 24, 5)
+    with pytest.raises(UsageError, match="sse2"):
+        cpu.Cpu(net, isa="sse2")
+    with pytest.raises(UsageError, match="dense"):
+        cpu.Cpu(net, layout="dense")
+
+
+@kernels
+def test_inputs_that_are_elsewhere() -> None:
+    net = recurrent(10, 24, 5)
+    prepared = cpu.Cpu(net)
+    x, h, slots = operands(net, 4, mixed=True)
+    blocks, state, _ = operands(net, 4)
+    prepared(blocks, state)  # what is like the last call is not examined again, but this is
+    for wrong in ((x.to("meta"), h, slots), (x, h.to("meta"), slots), (blocks.to("meta"), state), (blocks, state.to("meta"))):
+        with pytest.raises(UsageError, match="runs on the CPU, and its inputs are on"):
+            prepared(*wrong)
+
+
+@kernels
 def test_instruction_set_that_this_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     library = cpu._library()
     monkeypatch.delenv("K24_ISA", raising=False)
@@ -289,9 +321,9 @@ def test_kernels_touch_no_memory_but_their_own(tmp_path: Path) -> None:
     if subprocess.run([COMPILER, *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False).returncode:
         pytest.skip("this compiler has no sanitizers or no OpenMP")
     objects = []
-    for name, isa in {"kernels_test": [], "api": [], "avx2": avx2, "avx512": avx512}.items():
+    for name, options in {"kernels_test": ["-O1"], "api": [], "avx2": avx2, "avx512": avx512}.items():
         objects.append(tmp_path / f"{name}.o")
-        subprocess.run([COMPILER, *flags, *isa, "-c", ROOT / "csrc" / f"{name}.cpp", "-o", objects[-1]], check=True)
+        subprocess.run([COMPILER, *flags, *options, "-c", ROOT / "csrc" / f"{name}.cpp", "-o", objects[-1]], check=True)
     program = tmp_path / "kernels_test"
     subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
     # The program looks for leaks itself: the sanitizer's own search needs rights that a container may lack.
