@@ -60,7 +60,7 @@ def onnx_model(net: Net, agent_id: bool = False, about: Mapping[str, str] | None
 
     agents, hidden = net.n_slots, net.hidden
     blocks = [_without_index(net.blocks[0], agents), *net.blocks[1:]] if agent_id else list(net.blocks)
-    nbytes = sum(4 * layer.in_features * layer.out_features * layer.slots for layer in net.linears)
+    nbytes = sum(4 * layer.in_features * layer.out_features * max(layer.slots) for layer in net.linears)
     if nbytes > MAX_BYTES:
         raise UsageError(f"dense weights of {agents} agents take {nbytes:,} bytes where one ONNX file holds 2 GB: leave ONNX out")
     graph = _Graph()

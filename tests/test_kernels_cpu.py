@@ -6,6 +6,7 @@ tests/test_kernels.py has what is asked of every backend.
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import shutil
 import subprocess
@@ -197,7 +198,8 @@ print("wrong results:", len(wrong))
 @kernels
 def test_one_net_runs_in_several_threads() -> None:
     """With other numbers of rows in each. In a process of its own, which may break where this one should go on."""
-    done = subprocess.run([sys.executable, "-c", RACE], cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    done = subprocess.run([sys.executable, "-c", RACE], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "wrong results: 0\n", f"exit status {done.returncode}: {done.stdout}{done.stderr[-300:]}"
 
 

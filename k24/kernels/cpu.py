@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k24.errors import UsageError
+from k24.errors import UsageError, unknown_name
 from k24.kernels.net import GRU, TWO_FOUR, Linear, Net, Prepared
 
 ISAS = {"avx512": 2, "avx2": 1}
@@ -116,6 +116,10 @@ class Cpu(Prepared):
             raise UsageError(f"backend 'cpu' cannot run this net here: {reason}")
         lib = _library()
         assert not isinstance(lib, str)
+        if layout not in _LAYOUTS:
+            raise unknown_name("layout of the CPU kernels", layout, _LAYOUTS)
+        if isa is not None and isa not in ISAS:
+            raise unknown_name("instruction set", isa, ISAS)
         self.isa = isa or best_isa()
         assert self.isa is not None
         keep: list[Tensor] = []  # what the structures point to, until the library has read it
@@ -123,6 +127,8 @@ class Cpu(Prepared):
         def described(layer: Linear, role: int) -> _Layer:
             weight, bias = layer.weight.detach().float().contiguous(), layer.bias.detach().float().contiguous()
             codes = None if layer.codes is None else layer.codes.contiguous()
+            if codes is not None and int(codes.max()) >= TWO_FOUR.n_patterns:  # the library takes them for indices
+                raise UsageError(f"pattern codes of 2:4 lie in 0..{TWO_FOUR.n_patterns - 1}, got {int(codes.max())}")
             keep.extend(t for t in (weight, bias, codes) if t is not None)
             return _Layer(
                 weight.data_ptr(),
@@ -144,20 +150,21 @@ class Cpu(Prepared):
             else:
                 layers.append(described(block, _LINEAR))
         array = (_Layer * len(layers))(*layers)
-        handle = lib.k24_create(ISAS[self.isa], net.n_slots, len(layers), array, _LAYOUTS[layout], int(net.dtype == torch.bfloat16))
+        values = int(all(layer.weight.dtype == torch.bfloat16 for layer in net.linears))
+        handle = lib.k24_create(ISAS[self.isa], net.n_slots, len(layers), array, _LAYOUTS[layout], values)
         if not handle:
             raise UsageError("backend 'cpu' could not pack this net: out of memory, or an instruction set that is missing")
         self._handle, self._run = handle, lib.k24_run
         weakref.finalize(self, lib.k24_free, handle)
         self.nbytes = lib.k24_bytes(handle)
         self.net, self._threads = net.to("meta"), threads  # shapes are all that is needed from here on
-        # Those of the last call, whose like need no further checks.
-        self._x_shape = self._h_shape = self._y_shape = torch.Size()
-        self._rows, self._hidden = 0, net.hidden
+        # Shapes of the last call, whose like need no further checks, and its number of rows. One object, so that threads see it whole.
+        self._like: tuple[torch.Size, torch.Size, torch.Size, int] = (torch.Size(), torch.Size(), torch.Size(), 0)
+        self._hidden = net.hidden
 
     def __call__(self, x: Tensor, h: Tensor | None = None, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As :meth:`~k24.kernels.net.Prepared.__call__`; shapes like those of the last call are not examined again."""
-        if h is not None and slots is None and x.shape == self._x_shape and h.shape == self._h_shape:
+        if h is not None and slots is None and x.shape == self._like[0] and h.shape == self._like[1]:
             return self.run(x, h, None)
         return super().__call__(x, h, slots)
 
@@ -167,20 +174,21 @@ class Cpu(Prepared):
         A small step takes a few microseconds, and so does Python's share of it (checks, two results to allocate, the call itself),
         so what is like the last call takes a short way.
         """
+        x_shape, h_shape, y_shape, rows = self._like
         if (
             slots is None
-            and x.shape == self._x_shape
-            and h.shape == self._h_shape
+            and x.shape == x_shape
+            and h.shape == h_shape
             and x.dtype is h.dtype is torch.float32
             and x.is_cpu
             and h.is_cpu
             and x.is_contiguous()
             and h.is_contiguous()
         ):
-            y = torch.empty(*self._y_shape)
-            after = torch.empty(*self._h_shape) if self._hidden else h
+            y = torch.empty(*y_shape)
+            after = torch.empty(*h_shape) if self._hidden else h
             threads = self._threads or torch.get_num_threads()
-            if self._run(self._handle, x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), self._rows, None, threads) == 0:
+            if self._run(self._handle, x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), rows, None, threads) == 0:
                 return y, after
         return self._run_any(x, h, slots)
 
@@ -193,7 +201,7 @@ class Cpu(Prepared):
         y, after = torch.empty((*x.shape[:-1], self.net.out_features)), torch.empty(h.shape)
         rows = x.shape[:-1].numel()
         if slots is None:
-            self._x_shape, self._h_shape, self._y_shape, self._rows = x.shape, h.shape, y.shape, rows
+            self._like = (x.shape, h.shape, y.shape, rows)
         pointer = None if slots is None else (slots := slots.contiguous()).data_ptr()
         threads = self._threads or torch.get_num_threads()
         if self._run(self._handle, x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), rows, pointer, threads):

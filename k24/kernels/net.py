@@ -43,6 +43,8 @@ class Linear:
     def __post_init__(self) -> None:
         """Refuses shapes that do not belong together."""
         s, o, i = self.weight.shape
+        if not min(s, o, i):
+            raise UsageError(f"a weight must be [slots, outputs, inputs] with at least one of each, got {tuple(self.weight.shape)}")
         if self.bias.ndim != 2 or self.bias.shape[1] != o:
             raise UsageError(f"a bias must be [slots, {o}] for a weight of {tuple(self.weight.shape)}, got {tuple(self.bias.shape)}")
         if self.codes is not None and (s != 1 or self.codes.shape[1:] != (o, self.patterns.groups(i)) or self.codes.dtype != torch.uint8):
@@ -62,9 +64,9 @@ class Linear:
         return self.weight.shape[2]
 
     @property
-    def slots(self) -> int:
-        """How many slots differ, 1 where all share everything."""
-        return max(self.weight.shape[0], self.bias.shape[0], 1 if self.codes is None else self.codes.shape[0])
+    def slots(self) -> set[int]:
+        """How many slots its weight, its bias and its codes have."""
+        return {self.weight.shape[0], self.bias.shape[0]} | (set() if self.codes is None else {self.codes.shape[0]})
 
     def effective(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that is multiplied with, ``[S, O, I]``; differentiable in ``weight``."""
@@ -125,8 +127,11 @@ class Net:
             if first.in_features != width:
                 raise UsageError(f"a layer takes {first.in_features} inputs where the one before it has {width} outputs")
             width = block.hidden if isinstance(block, GRU) else block.out_features
-        if any(layer.slots not in (1, self.n_slots) for layer in linears):
-            raise UsageError(f"layers have {[layer.slots for layer in linears]} slots: each must have 1 or all {self.n_slots}")
+        if self.n_slots < 1:
+            raise UsageError(f"a net needs at least one slot, got {self.n_slots}")
+        odd = [layer.slots for layer in linears if not layer.slots <= {1, self.n_slots}]
+        if odd:
+            raise UsageError(f"a layer has weights, biases or codes of {sorted(odd[0])} slots: each must have 1 or all {self.n_slots}")
 
     @property
     def in_features(self) -> int:
