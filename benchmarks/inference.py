@@ -8,61 +8,69 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-GRIDS = {
-    "one layer, 1 row per agent": "--op layer --hidden 256 512 1024 --agents 3 8 --envs 1",
-    "one layer, 8 rows per agent": "--op layer --hidden 256 512 1024 --agents 3 8 --envs 8",
-    "one layer, 32 to 1024 rows per agent": "--op layer --hidden 256 512 1024 --agents 3 8 --envs 32 128 1024",
-    "acting step, masked GRU": "--op policy --hidden 64 128 256 --agents 3 8 --envs 1 8 32",
-    "acting step, AVX2": "--op policy --hidden 64 128 256 --agents 3 8 --envs 1 8 32",
-    "one layer, weights in bfloat16": "--op layer --hidden 256 1024 --agents 8 --envs 1 8 128 --dtype bf16",
+LAYER, POLICY = "--op layer --hidden 256 512 1024 --agents 3 8", "--op policy --hidden 64 128 256 --agents 3 8 --envs 1 8 32"
+# Options, and what is set in the environment.
+GRIDS: dict[str, tuple[str, dict[str, str]]] = {
+    "one layer, 1 row per agent": (f"{LAYER} --envs 1", {}),
+    "one layer, 8 rows per agent": (f"{LAYER} --envs 8", {}),
+    "one layer, 32 to 1024 rows per agent": (f"{LAYER} --envs 32 128 1024", {}),
+    "acting step, masked GRU": (POLICY, {}),
+    "acting step, two threads": (f"{POLICY} --threads 2", {"OMP_NUM_THREADS": "2"}),
+    "acting step, AVX2": (POLICY, {"K24_ISA": "avx2"}),
+    "one layer, weights in bfloat16": ("--op layer --hidden 256 1024 --agents 8 --envs 1 8 128 --dtype bf16", {}),
 }
-RIVALS = ("eager", "torch", "onnx", "twin")
-COLUMNS = ("eager", "torch, bound", "ONNX Runtime", "dense twin")
+RIVALS = {"eager": "eager", "torch": "torch, bound", "onnx": "ONNX Runtime", "twin": "dense twin"}
 
 
-def run(name: str, options: str) -> dict:
+def run(options: str, environment: dict[str, str]) -> dict:
     """One grid in a process of its own; its last line is JSON."""
-    isa = {"K24_ISA": "avx2"} if "AVX2" in name else {}
+    inherited = {name: value for name, value in os.environ.items() if name != "K24_ISA"}
     command = [sys.executable, "-m", "k24", "bench", "inference", "--compile", "off", *options.split()]
-    done = subprocess.run(command, env=os_environ() | isa, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1]) | {"command": f"k24 bench inference --compile off {options}", **isa}
+    done = subprocess.run(command, env=inherited | {"OMP_NUM_THREADS": "1"} | environment, stdout=subprocess.PIPE, text=True, check=True)
+    shown = " ".join([*(f"{name}={value}" for name, value in environment.items()), "k24 bench inference --compile off", options])
+    return json.loads(done.stdout.splitlines()[-1]) | {"command": shown}
 
 
-def os_environ() -> dict[str, str]:
-    """One thread, before any library reads it."""
-    import os
+def ratio(values: list[float | None]) -> str:
+    """The median of those that there are."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.2f}x" if known else "–"
 
-    return dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+
+def number(value: float | None, digits: int) -> str:
+    """A dash for what was not measured."""
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
-def table(results: dict[str, dict]) -> str:
-    """Markdown: medians of each grid, then every case."""
-    lines = [f"| grid | cases | over {' | over '.join(COLUMNS)} | slowest case against its best rival |", "|---" * 7 + "|"]
+def summary(results: dict[str, dict]) -> str:
+    """Markdown: medians of each grid."""
+    lines = [f"| grid | cases | over {' | over '.join(RIVALS.values())} | slowest case over the dense twin |", "|---" * 7 + "|"]
     for name, result in results.items():
         rows = result["rows"]
-        over = [f"{statistics.median(row[f'over_{rival}'] for row in rows):.2f}x" for rival in RIVALS]
-        worst = min(min(row[f"over_{rival}"] for rival in RIVALS) for row in rows)
-        lines.append(f"| {name} | {len(rows)} | {' | '.join(over)} | {worst:.2f}x |")
+        twins = [row["over_twin"] for row in rows if row["over_twin"] is not None]
+        over = [ratio([row[f"over_{rival}"] for row in rows]) for rival in RIVALS]
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(over)} | {f'{min(twins):.2f}x' if twins else '–'} |")
+    return "\n".join(lines)
+
+
+def details(results: dict[str, dict]) -> str:
+    """Markdown: every case."""
+    lines = []
     for name, result in results.items():
-        isa = f"K24_ISA={result['K24_ISA']} " if "K24_ISA" in result else ""
-        lines += ["", f"### {name}", "", f"`{isa}{result['command']}`", ""]
-        lines += [
-            "| H | agents | rows | µs | ± | "
-            + " | ".join(f"{c}, µs" for c in COLUMNS)
-            + " | "
-            + " | ".join(f"over {c}" for c in COLUMNS)
-            + " |"
-        ]
-        lines.append("|---:" * 13 + "|")
+        machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None)
+        lines += ["", f"## {name}", "", f"`{result['command']}`", "", machine, ""]
+        names = RIVALS.values()
+        lines += [f"| H | agents | rows | µs | ± | {', µs | '.join(names)}, µs | over {' | over '.join(names)} |", "|---:" * 13 + "|"]
         for row in result["rows"]:
-            times = [f"{row['us']:.1f}", f"{row['us_iqr']:.1f}", *(f"{row[f'{rival}_us']:.1f}" for rival in RIVALS)]
-            ratios = [f"{row[f'over_{rival}']:.2f}" for rival in RIVALS]
-            lines.append("| " + " | ".join([str(row["hidden"]), str(row["agents"]), str(row["envs"]), *times, *ratios]) + " |")
+            sizes = [str(row[size]) for size in ("hidden", "agents", "envs")]
+            times = [number(row[key], 1) for key in ("us", "us_iqr", *(f"{rival}_us" for rival in RIVALS))]
+            lines.append("| " + " | ".join([*sizes, *times, *(number(row[f"over_{rival}"], 2) for rival in RIVALS)]) + " |")
     return "\n".join(lines)
 
 
@@ -71,19 +79,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where to write, without suffix")
     parser.add_argument("--table", action="store_true", help="write the Markdown from the JSON that is there")
-    parser.add_argument("--grid", action="append", choices=GRIDS, help="only this grid; what is there of the others stays")
+    parser.add_argument(
+        "--grid", action="append", choices=GRIDS, help="only this grid; what is there of the others stays, under its own commit"
+    )
     options = parser.parse_args()
     file = options.out.with_suffix(".json")
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    for name, sizes in {} if options.table else {name: GRIDS[name] for name in options.grid or GRIDS}.items():
+    for name in [] if options.table else options.grid or GRIDS:
         print(name, flush=True)
-        results[name] = run(name, sizes)
+        results[name] = run(*GRIDS[name])
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1), encoding="utf-8")
     results = {name: results[name] for name in GRIDS if name in results}
-    machine = json.dumps(next(iter(results.values()))["machine"], ensure_ascii=False)
-    options.out.with_suffix(".md").write_text(f"Machine: `{machine}`\n\n{table(results)}\n", encoding="utf-8")
-    print(table(results).split("\n\n")[0])
+    options.out.with_suffix(".md").write_text(f"# Inference\n\n{summary(results)}\n{details(results)}\n", encoding="utf-8")
+    print(summary(results))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifndef _WIN32
+#include <pthread.h>
+#endif
 
 #include "isa.h"
 
@@ -21,6 +24,12 @@ struct k24_net {
 namespace {
 
 std::atomic<bool> poison{false};
+
+// The threads of a process do not follow into a fork of it, and OpenMP would wait for them for ever: a child runs on one.
+std::atomic<bool> forked{false};
+#ifndef _WIN32
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
 
 constexpr int64_t CHUNK = 128;             // batch rows that go through the net together: weights are read once for all of them
 constexpr int64_t SHARED_CHUNK = 512;      // with shared weights rows of several slots go together
@@ -72,9 +81,10 @@ std::vector<Task> tasks_of(const int64_t *starts, int64_t slots, int64_t chunk, 
 
 void run_sorted(const k24_net &net, const float *x, const float *h, float *y, float *h_next, const int64_t *starts, int32_t threads) {
   const int64_t rows = starts[net.slots];
+  if (forked) threads = 1;
   threads = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(threads, rows * net.macs / THREAD_MACS)));
   int64_t chunk = net.shared ? SHARED_CHUNK : CHUNK;
-  if (threads > 1) chunk = std::min(chunk, std::max<int64_t>(8, rows / (threads * 4) / 8 * 8));
+  if (threads > 1) chunk = std::min(chunk, std::max<int64_t>(16, rows / (threads * 4) / 16 * 16));
   const auto run = [&](int64_t row, int64_t count, const Rows *parts, size_t n) {
     net.isa->run(net.impl, x + row * net.in, h + row * net.hidden, y + row * net.out, h_next + row * net.hidden, count, parts, static_cast<int64_t>(n), poison);
   };
@@ -126,7 +136,31 @@ void run_mixed(const k24_net &net, const float *x, const float *h, float *y, flo
   }
 }
 
+// Whether sizes fit each other and codes are codes: from here on they are indices.
+bool sound(int64_t slots, int64_t n_layers, const k24_layer *layers) {
+  if (slots < 1 || n_layers < 1) return false;
+  for (int64_t i = 0; i < n_layers; ++i) {
+    const k24_layer &layer = layers[i];
+    const auto fits = [&](int64_t n) { return n == 1 || n == slots; };
+    if (layer.out < 1 || layer.in < 1 || !fits(layer.weight_slots) || !fits(layer.bias_slots)) return false;
+    const bool first = layer.role == K24_GRU_INPUT, second = layer.role == K24_GRU_RECURRENT;
+    if (first && (i + 1 == n_layers || layers[i + 1].role != K24_GRU_RECURRENT || layers[i + 1].out != layer.out)) return false;
+    if (second && (i == 0 || layers[i - 1].role != K24_GRU_INPUT || layer.out != 3 * layer.in)) return false;
+    if (i > 0 && !second) {  // takes what the layer before it gives
+      const k24_layer &before = layers[i - 1];
+      if (layer.in != (before.role == K24_LINEAR ? before.out : before.in)) return false;
+    }
+    if (!layer.codes) continue;
+    if (layer.weight_slots != 1 || !fits(layer.code_slots)) return false;
+    const uint8_t *end = layer.codes + layer.code_slots * layer.out * ((layer.in + 3) / 4);
+    if (std::any_of(layer.codes, end, [](uint8_t code) { return code > 5; })) return false;
+  }
+  return true;
+}
+
 }  // namespace
+
+int32_t k24_version(void) { return K24_VERSION; }
 
 int32_t k24_best_isa(void) {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -139,7 +173,7 @@ int32_t k24_best_isa(void) {
 
 k24_net *k24_create(int32_t isa, int64_t slots, int64_t n_layers, const k24_layer *layers, int32_t layout, int32_t values) {
   const Isa *chosen = isa_of(isa);
-  if (!chosen) return nullptr;
+  if (!chosen || !sound(slots, n_layers, layers)) return nullptr;
   k24_net *net = nullptr;
   try {
     net = new k24_net{};
@@ -173,6 +207,7 @@ int32_t k24_run(const k24_net *net, const float *x, const float *h, float *y, fl
       run_mixed(*net, x, h, y, h_next, rows, row_slots, threads);
       return 0;
     }
+    if (rows % net->slots) return -1;
     // Few slots need no memory of the heap.
     int64_t few[65];
     std::vector<int64_t> many;

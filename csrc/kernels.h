@@ -1,6 +1,6 @@
 // Packing and running a net, compiled once per instruction set.
 //
-// Lanes of a register hold LANES output rows, a *tile*. Weights of a tile are one stream, read once from front to back per block of batch rows; activations are
+// Lanes of a register hold LANES output rows, a *tile* (or, in panels, batch rows). Weights of a tile are one stream, read once from front to back per block of batch rows; activations are
 // row-major and are broadcast. Three forms of a linear layer:
 //
 //   packed   per 8 groups of 4 inputs: LANES words of 8 nibbles (2 bits: which input the first kept weight takes, 2 bits: the second), then per group the first and
@@ -26,7 +26,7 @@ namespace K24_ISA {
 
 constexpr int64_t GROUPS = 8;         // groups per index word
 constexpr int FEW_ROWS = 3;           // rows up to which more tiles at a time pay, and spreading activations does not
-constexpr int64_t FAR = 768 * 1024;   // bytes of a net that a second-level cache does not hold from one run to the next
+constexpr int64_t FAR = 768 * 1024;   // bytes of a net that a second-level cache of 1 MB does not hold from one run to the next
 constexpr int64_t SPREAD_ROWS = 16, SPREAD_CUT = 32;  // rows and groups that are spread at a time: at most 32 KB
 constexpr int64_t DENSE_CUT = 64;     // inputs per pass of four dense tiles: 16 KB with AVX-512
 constexpr int64_t PANEL_BYTES = 16384;  // of a panel per pass
@@ -109,8 +109,8 @@ enum class Form { PACKED_FP32, PACKED_BF16, DENSE, SHARED };
 
 struct Layer {
   Form form;
+  int32_t role;                // of k24_role
   bool relu;
-  bool far = false;            // whether the net is too large for the second-level cache
   int64_t in, out;             // as stored
   int64_t padded_in;           // to whole groups: what is read of an activation row
   int64_t segment, padded_segment;  // output rows per gate of a GRU (all of them elsewhere), and padded to whole tiles
@@ -179,6 +179,7 @@ inline void pack_bits(uint32_t *to, const Layer &layer, const uint8_t *codes) {
 }
 
 inline void pack(Layer &layer, const k24_layer &from, int32_t layout, int32_t values) {
+  layer.role = from.role;
   layer.relu = from.relu != 0;
   layer.in = from.in, layer.out = from.out;
   layer.padded_in = round_up(from.in, 4);
@@ -449,11 +450,11 @@ void packed_pass(const Layer &layer, int64_t slot, int64_t g, int64_t count, con
   });
 }
 
-template <class Pairs> void packed_linear(const Layer &layer, const Rows &s, const float *x, int64_t ldx, float *y, int64_t ldy) {
+template <class Pairs> void packed_linear(const Layer &layer, bool far, const Rows &s, const float *x, int64_t ldx, float *y, int64_t ldy) {
   const int64_t groups = layer.padded_in / 4;
   if (s.rows <= FEW_ROWS) return packed_pass<Pairs, false, FEW_ROWS_TILES, FEW_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
   // What comes from beyond the second-level cache had better come in one stream per tile.
-  if (layer.far && s.rows < PACKED_ROWS) return packed_pass<Pairs, false, PACKED_TILES, PACKED_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
+  if (far && s.rows < PACKED_ROWS) return packed_pass<Pairs, false, PACKED_TILES, PACKED_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
   alignas(64) static thread_local float spread[SPREAD_ROWS * SPREAD_CUT * LANES];
   for (int64_t row = 0; row < s.rows; row += SPREAD_ROWS) {
     const int64_t rows = std::min(SPREAD_ROWS, s.rows - row);
@@ -466,18 +467,21 @@ template <class Pairs> void packed_linear(const Layer &layer, const Rows &s, con
   }
 }
 
-inline void linear(const Layer &layer, const Rows *segments, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy) {
+inline void linear(const Layer &layer, bool far, const Rows *segments, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy) {
   const auto each = [&](auto f) {
     for (int64_t i = 0; i < count; ++i) f(segments[i], x + segments[i].row * ldx, y + segments[i].row * ldy);
   };
   switch (layer.form) {
     case Form::PACKED_FP32:
-      return each([&](const Rows &s, const float *xs, float *ys) { packed_linear<Fp32Pairs>(layer, s, xs, ldx, ys, ldy); });
+      return each([&](const Rows &s, const float *xs, float *ys) { packed_linear<Fp32Pairs>(layer, far, s, xs, ldx, ys, ldy); });
     case Form::PACKED_BF16:
-      return each([&](const Rows &s, const float *xs, float *ys) { packed_linear<Bf16Pairs>(layer, s, xs, ldx, ys, ldy); });
+      return each([&](const Rows &s, const float *xs, float *ys) { packed_linear<Bf16Pairs>(layer, far, s, xs, ldx, ys, ldy); });
     case Form::DENSE:
       return each([&](const Rows &s, const float *xs, float *ys) {
-        by_tiles<DENSE_TILES>(layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), DENSE_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
+        if (s.rows <= FEW_ROWS)
+          by_tiles<FEW_ROWS_TILES>(layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), FEW_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
+        else
+          by_tiles<DENSE_TILES>(layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), DENSE_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
       });
     case Form::SHARED:
       by_tiles<DENSE_TILES>(layer.tiles, [&](auto t, int64_t t0) {
@@ -495,9 +499,8 @@ enum class Panels { NONE, FP32, BF16 };  // whether every layer is packed, and h
 struct Net {
   int64_t slots;
   std::vector<Layer> layers;
-  std::vector<int32_t> roles;
   int64_t in, out, hidden, padded_hidden, widest;  // widest padded row between two layers
-  bool shared;
+  bool far;  // too large for the second-level cache
   Panels panels;
 
   int64_t bytes() const {
@@ -518,8 +521,6 @@ inline void *create(int64_t slots, int64_t count, const k24_layer *from, int32_t
     for (int64_t i = 0; i < count; ++i) {
       Layer &layer = net->layers[static_cast<size_t>(i)];
       pack(layer, from[i], layout, values);
-      net->roles.push_back(from[i].role);
-      net->shared |= layer.form == Form::SHARED;
       if (layer.form != Form::PACKED_FP32 && layer.form != Form::PACKED_BF16) net->panels = Panels::NONE;
       net->widest = std::max(net->widest, layer.padded_out());
       net->out = layer.out;
@@ -528,7 +529,7 @@ inline void *create(int64_t slots, int64_t count, const k24_layer *from, int32_t
         net->padded_hidden = layer.padded_segment;
       }
     }
-    for (Layer &layer : net->layers) layer.far = net->bytes() > FAR;
+    net->far = net->bytes() > FAR;
   } catch (...) {
     delete net;
     throw;
@@ -603,7 +604,7 @@ void run_panel(const Net &net, int64_t slot, const float *x, const float *h, flo
   to_panel(there, WIDTH, net.layers[0].padded_in, x, net.in, rows);
   for (size_t i = 0; i < net.layers.size(); ++i) {
     const Layer &layer = net.layers[i];
-    if (net.roles[i] == K24_GRU_INPUT) {
+    if (net.layers[i].role == K24_GRU_INPUT) {
       const int64_t padded = net.padded_hidden;
       float *gh = room(scratch.c, 3 * padded), *before = room(scratch.h, padded);
       to_panel(before, WIDTH, padded, h, net.hidden, rows);
@@ -668,7 +669,7 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
   for (size_t i = 0; i < net.layers.size(); ++i) {
     const Layer &layer = net.layers[i];
     const bool last = i + 1 == net.layers.size();
-    if (net.roles[i] == K24_GRU_INPUT) {
+    if (net.layers[i].role == K24_GRU_INPUT) {
       const Layer &recurrent = net.layers[++i];
       const int64_t width = 3 * net.padded_hidden;
       const bool exact = net.hidden == net.padded_hidden, ends = i + 1 == net.layers.size();
@@ -681,8 +682,8 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
         before = padded;
         after = room(scratch.next, net.padded_hidden);
       }
-      linear(layer, parts, n_parts, input, ldx, here, width);
-      linear(recurrent, parts, n_parts, before, net.padded_hidden, gh, width);
+      linear(layer, net.far, parts, n_parts, input, ldx, here, width);
+      linear(recurrent, net.far, parts, n_parts, before, net.padded_hidden, gh, width);
       gates(here, gh, before, after, net.padded_hidden, rows);
       if (!exact) cut_rows(h_next, net.hidden, after, net.padded_hidden, rows);
       if (ends) std::memcpy(y, h_next, static_cast<size_t>(rows * net.hidden) * 4);
@@ -692,7 +693,7 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
     const bool direct = last && layer.out == layer.padded_out();
     float *to = direct ? y : here;
     const int64_t ldy = layer.padded_out();
-    linear(layer, parts, n_parts, input, ldx, to, ldy);
+    linear(layer, net.far, parts, n_parts, input, ldx, to, ldy);
     if (last && !direct) cut_rows(y, layer.out, to, ldy, rows);
     input = to, ldx = ldy;
     std::swap(here, there);

@@ -74,7 +74,7 @@ K24_INLINE void transpose(F (&r)[LANES]) {
 
 constexpr int LANES = 8;
 // Blocks that fill the 16 registers.
-constexpr int FEW_ROWS_TILES = 2, PACKED_TILES = 1, PACKED_ROWS = 8, DENSE_TILES = 2, DENSE_ROWS = 6, PANEL_SUMS = 8;
+constexpr int FEW_ROWS_TILES = 4, PACKED_TILES = 1, PACKED_ROWS = 8, DENSE_TILES = 2, DENSE_ROWS = 6, PANEL_SUMS = 8;
 using F = __m256;
 using I = __m256i;
 

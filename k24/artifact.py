@@ -414,7 +414,7 @@ def _tensor(file: BufferedReader, at: int, entry: _Entry) -> Tensor:
 
 def _empty(count: int) -> Tensor:
     try:
-        return torch.empty(count, dtype=torch.uint8)
+        return torch.empty(count, dtype=torch.uint8, device="cpu")
     except RuntimeError as error:
         raise PolicyFileError(f"needs {count} bytes of memory for one tensor, and there are not as many: free some") from error
 

@@ -22,14 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from k24.artifact import PolicySpec, check_shapes, read_policy, write_policy
+from k24.artifact import PolicySpec, check_shapes, read_policy
+from k24.artifact import write_policy as save_policy
 from k24.errors import PolicyFileError, UsageError
 from k24.kernels import Net, prepare
-
-
-def save_policy(path: Path, net: Net, spec: PolicySpec) -> None:
-    """Writes a policy file, whole or not at all; see :func:`k24.artifact.write_policy`."""
-    write_policy(path, net, spec)
 
 
 def load_policy(
@@ -81,10 +77,17 @@ class Policy:
         self._agents = spec.n_agents if spec.n_agents == net.n_slots else None
         self._dtypes = (torch.float32, net.dtype)
         self._never = torch.tensor(float("-inf"), device=self.device)
+        self._threads = threads
 
     def __repr__(self) -> str:
         s = self.spec
         return f"Policy({s.task}, {s.algo}-{s.sharing}, {s.n_agents} agents, {s.obs_dim} -> {s.n_actions}, {self.backend}, {self.device})"
+
+    def __reduce__(self) -> tuple:
+        """Another process loads the file again, or takes the net along where there is no file."""
+        if self._source is None:
+            return Policy, (self.net, self.spec, self._backend, self._threads)
+        return load_policy, (self._source[0], self.device, self._backend, self._threads)
 
     @property
     def backend(self) -> str:
@@ -96,8 +99,7 @@ class Policy:
         """Bytes of weights, biases and masks in memory: of what runs, and of the net as it is in the file where that is kept besides."""
         form, net = self._prepared.nbytes, self._kept_net()
         canonical = sum(t.nbytes for layer in net.linears for t in (layer.weight, layer.bias, layer.codes) if t is not None) if net else 0
-        # A form of exactly the net's size is one that runs from the net's own tensors.
-        return form if form == canonical else form + canonical
+        return form if self._prepared.holds_net else form + canonical
 
     @property
     def net(self) -> Net:
@@ -127,7 +129,8 @@ class Policy:
         Args:
             obs: Observations ``[n_agents, n_envs, obs_dim]``, or ``[n_agents, obs_dim]`` of one environment, or ``[rows, obs_dim]`` with
                 ``slots``; a tensor or an array.
-            state: What the call before returned; None at the start of an episode.
+            state: What the call before returned; None at the start of an episode. Where environments end at different times, those that
+                begin anew are reset by ``state[:, done] = 0``.
             avail: bool, which actions can be taken, as ``obs`` with ``n_actions`` in place of ``obs_dim``; a row without any gets action 0.
             slots: int64 ``[rows]``, whose policy each row follows (agents of several types); negative for a row that counts for nothing.
 
@@ -178,7 +181,7 @@ class Policy:
         if rank == 2:
             x = x.unsqueeze(1)
         if self.spec.agent_id:
-            x = torch.cat((x, self._ids if rows == 1 else self._ids.expand(-1, rows, -1)), -1)
+            x = torch.cat((x, self._ids.to(x.dtype).expand(-1, rows, -1)), -1)
         values, state = self._prepared.run(x, state, None)
         return (values, state) if rank == 3 else (values.squeeze(1), state.squeeze(1))
 
@@ -198,7 +201,7 @@ class Policy:
         if state is not None:
             state = self._checked_state(state, x, x.shape[:-1])
         if self.spec.agent_id:
-            x = torch.cat((x, self._ids[slots.clamp(0, self._slots - 1), 0]), -1)
+            x = torch.cat((x, self._ids[slots.clamp(0, self._slots - 1), 0].to(x.dtype)), -1)
         return self._prepared(x, state, slots)
 
     def _checked_state(self, state: Tensor, x: Tensor, rows: torch.Size) -> Tensor:
@@ -218,7 +221,7 @@ class Policy:
     @cached_property
     def _ids(self) -> Tensor:
         """One-hot index of each agent ``[A, 1, A]``; made when first needed, because it is the one thing here larger than the file."""
-        return torch.eye(self._slots, device=self.device)[:, None]
+        return torch.eye(self._slots, dtype=torch.float32, device=self.device)[:, None]
 
 
 def _tensor(values: Any, dtype: type | None, name: str) -> Tensor:

@@ -2,8 +2,9 @@
 
 Two operations. ``layer``: one masked ``[H, H]`` linear layer per agent. ``policy``: a whole acting step, fc1 → GRU → fc2 → fc3 → fc4, from
 observations to action values and the next state. The rivals are dense: torch as one writes it (``eager``: results are new tensors, as ours
-are), torch with every operand and result bound beforehand (``torch``), ``torch.compile``, ONNX Runtime bound likewise, and the *twin*, our own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over
-the others is that and the kernel.
+are), torch with every operand and result bound beforehand (``torch``), ``torch.compile``, ONNX Runtime bound likewise, and the *twin*, our
+own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over the others is
+that and the kernel.
 
 Correctness comes first: what does not agree with the reference, computed in float64, is not timed.
 
@@ -286,6 +287,8 @@ def _ours(net: Net, x: Tensor, h: Tensor, backend: str, threads: int) -> tuple[C
 
 def _twin(net: Net, x: Tensor, h: Tensor, threads: int) -> list[Candidate]:
     """Our own dense kernel."""
+    if net.dtype != torch.float32:
+        raise Unavailable("our dense kernel holds float32, so it would be no equal of weights held in less")
     dense = net.dense()
     reason = BACKENDS["cpu"].unavailable(dense)
     if reason is not None:

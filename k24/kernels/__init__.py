@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from k24.errors import UsageError, unknown_name
 from k24.kernels import cpu, cusparselt, dense, dispatch, reference, triton
 from k24.kernels.net import GRU, Linear, Net, Prepared
@@ -66,7 +64,8 @@ def prepare(net: Net, backend: str = "auto", threads: int | None = None) -> Prep
         candidates = dispatch.CANDIDATES.get(net.device.type, ())
         available = tuple(name for name in candidates if BACKENDS[name].unavailable(net) is None)
         make = partial(prepare, threads=threads)
-        return dispatch.Auto(net, make, available, threads or torch.get_num_threads(), f"{cpu.best_isa()}; {dispatch.versions()}")
+        build = f"{cpu.build()}; " if net.device.type == "cpu" else ""
+        return dispatch.Auto(net, make, available, threads, build + dispatch.versions())
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, [*BACKENDS, "auto"])
     reason = BACKENDS[backend].unavailable(net)

@@ -16,7 +16,6 @@ import ctypes
 import os
 import weakref
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from k24.errors import UsageError, unknown_name
 from k24.kernels.net import GRU, TWO_FOUR, Linear, Net, Prepared
 
+VERSION = 1  # of csrc/k24.h
 ISAS = {"avx512": 2, "avx2": 1}
 _LAYOUTS = {"packed": 0, "shared": 1}
 _LINEAR, _GRU_INPUT, _GRU_RECURRENT = range(3)
@@ -40,22 +40,24 @@ class _Layer(ctypes.Structure):
     )
 
 
-def library_path() -> Path | None:
-    """The built library, or None where the installation found no compiler."""
-    folder = Path(__file__).parent
-    return next((path for suffix in (*EXTENSION_SUFFIXES, ".so") if (path := folder / f"_cpu{suffix}").exists()), None)
+def library_path() -> Path:
+    """Where the installation puts the library, if it finds a compiler."""
+    return Path(__file__).with_name("_cpu.so")
 
 
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none."""
     path = library_path()
-    if path is None:
+    if not path.exists():
         return "its C++ library was not built: install a C++ compiler (Debian: apt install g++), then reinstall k24"
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its C++ library does not load ({error}): reinstall k24"
+    found = lib.k24_version() if hasattr(lib, "k24_version") else 0
+    if found != VERSION:
+        return f"its C++ library is of version {found} where this k24 needs {VERSION}: reinstall k24"
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     lib.k24_best_isa.restype = i32
     lib.k24_create.restype, lib.k24_create.argtypes = pointer, [i32, i64, i64, ctypes.POINTER(_Layer), i32, i32]
@@ -72,10 +74,16 @@ def best_isa() -> str | None:
     if isinstance(lib, str):
         return None
     best = lib.k24_best_isa()
-    asked = os.environ.get("K24_ISA")
+    asked = os.environ.get("K24_ISA") or None
     if asked is not None and asked not in ISAS:
         raise UsageError(f"K24_ISA={asked} in the environment is not known: use {' or '.join(ISAS)}")
     return next((name for name, number in ISAS.items() if number <= best and asked in (None, name)), None)
+
+
+def build() -> str:
+    """Names the library and what of the CPU it uses; changes when it is built anew."""
+    path = library_path()
+    return f"{best_isa()}, built {path.stat().st_mtime_ns}" if path.exists() else "no library"
 
 
 def poison(on: bool) -> None:
@@ -98,6 +106,17 @@ def unavailable(net: Net) -> str | None:
     if odd is not None:
         return f"it runs 2:4 masks, and this net has {odd}"
     return None
+
+
+class _Handle:
+    """Owns a packed net; whoever uses one holds its owner."""
+
+    def __init__(self, lib: ctypes.CDLL, handle: int) -> None:
+        # Not at the interpreter's exit: a thread may be inside a call still, and the memory goes with the process anyway.
+        weakref.finalize(self, lib.k24_free, handle).atexit = False
+
+    def __reduce__(self):
+        raise TypeError("a net packed for the CPU kernels cannot be copied or pickled: pickle the policy, or prepare the net again")
 
 
 class Cpu(Prepared):
@@ -154,12 +173,12 @@ class Cpu(Prepared):
         handle = lib.k24_create(ISAS[self.isa], net.n_slots, len(layers), array, _LAYOUTS[layout], values)
         if not handle:
             raise UsageError("backend 'cpu' could not pack this net: out of memory, or an instruction set that is missing")
+        self._owner = _Handle(lib, handle)
         self._handle, self._run = handle, lib.k24_run
-        weakref.finalize(self, lib.k24_free, handle)
         self.nbytes = lib.k24_bytes(handle)
         self.net, self._threads = net.to("meta"), threads  # shapes are all that is needed from here on
         # Shapes of the last call, whose like need no further checks, and its number of rows. One object, so that threads see it whole.
-        self._like: tuple[torch.Size, torch.Size, torch.Size, int] = (torch.Size(), torch.Size(), torch.Size(), 0)
+        self._like: tuple[torch.Size | None, torch.Size | None, torch.Size, int] = (None, None, torch.Size(), 0)
         self._hidden = net.hidden
 
     def __call__(self, x: Tensor, h: Tensor | None = None, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -185,8 +204,8 @@ class Cpu(Prepared):
             and x.is_contiguous()
             and h.is_contiguous()
         ):
-            y = torch.empty(*y_shape)
-            after = torch.empty(*h_shape) if self._hidden else h
+            y = x.new_empty(*y_shape)
+            after = torch.empty_like(h) if self._hidden else h
             threads = self._threads or torch.get_num_threads()
             if self._run(self._handle, x.data_ptr(), h.data_ptr(), y.data_ptr(), after.data_ptr(), rows, None, threads) == 0:
                 return y, after
@@ -194,11 +213,12 @@ class Cpu(Prepared):
 
     @torch.no_grad()
     def _run_any(self, x: Tensor, h: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not (x.is_cpu and h.is_cpu and (slots is None or slots.is_cpu)):
-            raise UsageError(f"this policy runs on the CPU, and its inputs are on {x.device}: move them there with .cpu()")
+        elsewhere = [str(operand.device) for operand in (x, h, slots) if operand is not None and not operand.is_cpu]
+        if elsewhere:
+            raise UsageError(f"this net runs on the CPU, and an input is on {elsewhere[0]}: move it there with .cpu()")
         kind, before = x.dtype, h.dtype
         x, h = x.float().contiguous(), h.float().contiguous()
-        y, after = torch.empty((*x.shape[:-1], self.net.out_features)), torch.empty(h.shape)
+        y, after = x.new_empty(*x.shape[:-1], self.net.out_features), torch.empty_like(h)
         rows = x.shape[:-1].numel()
         if slots is None:
             self._like = (x.shape, h.shape, y.shape, rows)

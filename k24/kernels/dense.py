@@ -6,6 +6,8 @@ library behind torch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,16 +27,16 @@ class Dense(Prepared):
     """
 
     def __init__(self, net: Net, per_slot: bool = False) -> None:
-        self.net, self.per_slot = net.to("meta"), per_slot  # shapes are all that is needed from here on
         self._dtype = torch.float32 if net.device.type == "cpu" else net.dtype
-        self._weights = {
-            id(shape): (layer.effective().to(self._dtype).contiguous(), layer.bias.to(self._dtype).contiguous())
-            for shape, layer in zip(self.net.linears, net.linears, strict=True)
-        }
-        self.nbytes = sum(t.numel() * t.element_size() for pair in self._weights.values() for t in pair)
+        self._held = net.dense().map(lambda layer: replace(layer, weight=self._as_held(layer.weight), bias=self._as_held(layer.bias)))
+        self.net, self.per_slot = net.to("meta"), per_slot
+        self.nbytes = sum(t.nbytes for layer in self._held.linears for t in (layer.weight, layer.bias))
+
+    def _as_held(self, values: Tensor) -> Tensor:
+        return values.detach().to(self._dtype).contiguous()
 
     def _linear(self, layer: Linear, x: Tensor, slot: int | None) -> Tensor:
-        weight, bias = self._weights[id(layer)]
+        weight, bias = layer.weight, layer.bias
         if slot is not None:
             y = F.linear(x[0], weight[slot if weight.shape[0] > 1 else 0], bias[slot if bias.shape[0] > 1 else 0])[None]
         elif self.per_slot and x.shape[0] > 1:
@@ -45,7 +47,7 @@ class Dense(Prepared):
         return y.relu_() if layer.relu else y
 
     def _blocks(self, x: Tensor, h: Tensor, slot: int | None = None) -> tuple[Tensor, Tensor]:
-        for block in self.net.blocks:
+        for block in self._held.blocks:
             if isinstance(block, GRU):
                 gates, before = self._linear(block.input, x, slot), self._linear(block.recurrent, h, slot)
                 width = 2 * block.hidden

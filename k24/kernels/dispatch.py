@@ -18,18 +18,22 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from k24.errors import UsageError
 from k24.kernels.net import GRU, Linear, Net, Prepared
 
 # Per device; a candidate that cannot run a net is left out.
 CANDIDATES = {"cpu": ("cpu", "cpu_shared", "dense", "dense_linear"), "cuda": ("triton", "cusparselt", "dense", "dense_linear")}
 ROUNDS, SECONDS = 7, 0.002  # rounds per candidate, and about how long one lasts
+MOST_SECONDS = 0.5  # of all rounds together, after which the present one is the last
+HOPELESS = 3.0  # times slower than the best so far: such a candidate leaves the race
 
 
 def cache_path() -> Path:
@@ -45,10 +49,11 @@ def device_name(device: torch.device) -> str:
     """The model of a CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    with contextlib.suppress(OSError, KeyError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
+        about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        # Names alone are not enough: in a virtual machine all CPUs of a maker may have the same.
+        return f"{about['model name']} family {about['cpu family']} model {about['model']}"
     return platform.processor() or platform.machine()
 
 
@@ -63,7 +68,7 @@ def signature(net: Net) -> str:
     return f"{net.n_slots} slots {str(net.dtype).removeprefix('torch.')}: {', '.join(parts)}"
 
 
-def fastest(candidates: dict[str, Callable[[], object]], synchronize: Callable[[], None] = lambda: None) -> tuple[str, dict[str, float]]:
+def fastest(candidates: Mapping[str, Callable[[], object]], synchronize: Callable[[], None] = lambda: None) -> tuple[str, dict[str, float]]:
     """Times candidates in turns.
 
     Args:
@@ -82,14 +87,20 @@ def fastest(candidates: dict[str, Callable[[], object]], synchronize: Callable[[
         synchronize()
         return (time.perf_counter() - start) / repeats
 
-    repeats = {}
+    repeats, best = {}, float("inf")
     for name, function in candidates.items():
-        timed(function, 1)
-        repeats[name] = max(1, min(1000, int(SECONDS / max(timed(function, 2), 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+        timed(function, 1)  # compiles, fills caches
+        once = max(timed(function, 2), 1e-7)
+        best = min(best, once)
+        if once <= HOPELESS * best:
+            repeats[name] = max(1, min(1000, int(SECONDS / once)))
+    samples: dict[str, list[float]] = {name: [] for name in repeats}
+    end = time.perf_counter() + MOST_SECONDS
     for _ in range(ROUNDS):
-        for name, function in candidates.items():
-            samples[name].append(timed(function, repeats[name]) * 1e6)
+        for name, times in repeats.items():
+            samples[name].append(timed(candidates[name], times) * 1e6)
+        if time.perf_counter() > end:
+            break
     medians = {name: statistics.median(values) for name, values in samples.items()}
     return min(medians, key=medians.__getitem__), medians
 
@@ -101,21 +112,20 @@ class Auto(Prepared):
         net: What to run.
         make: Prepares a net for a backend by name; raises if it cannot.
         available: Names of backends that can run the net here.
-        threads: CPU threads, for the key of the cache.
+        threads: CPU threads of backends that have their own; as many as torch uses when None.
         key: What else the choice depends on: versions.
 
     Attributes:
         name: The backend that ran last; ``auto`` before the first call.
     """
 
-    def __init__(self, net: Net, make: Callable[[Net, str], Prepared], available: tuple[str, ...], threads: int, key: str) -> None:
+    def __init__(self, net: Net, make: Callable[[Net, str], Prepared], available: tuple[str, ...], threads: int | None, key: str) -> None:
         self.net, self.name = net, "auto"
-        self._make, self._available = make, available
-        self._key = f"{key}; {device_name(net.device)}; {threads} threads; {signature(net)}"
+        self._make, self._available, self._threads = make, available, threads
+        self._key = f"{key}; {device_name(net.device)}; of {' '.join(available)}; {signature(net)}"
         self._forms: dict[str, Prepared] = {}
-        self._chosen: dict[tuple[int, bool], str] = {}
-        self._last: tuple[torch.Size, bool] | None = None
-        self._runs: Prepared | None = None
+        self._chosen: dict[tuple[int, bool, int], str] = {}
+        self._last: tuple[tuple[torch.Size, bool, int], Prepared] | None = None  # one object, so that threads see it whole
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -124,44 +134,60 @@ class Auto(Prepared):
 
     def run(self, x: Tensor, h: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :class:`~k24.kernels.net.Prepared`."""
-        now = (x.shape, slots is None)
-        if now != self._last:
-            self._runs = self._choose(x, h, slots)
-            self._last = now
-        assert self._runs is not None
-        return self._runs.run(x, h, slots)
+        now = (x.shape, slots is None, torch.get_num_threads())
+        last = self._last
+        if last is None or last[0] != now:
+            self._last = last = (now, self._choose(x, h, slots))
+        return last[1].run(x, h, slots)
 
     def _choose(self, x: Tensor, h: Tensor, slots: Tensor | None) -> Prepared:
         rows = x.shape[1] if slots is None else -(-x.shape[0] // self.net.n_slots)
-        bucket = 1 << max(0, rows - 1).bit_length(), slots is None
+        if rows == 0:  # nothing to measure
+            return self._form(self._available[0])
+        bucket = 1 << (rows - 1).bit_length(), slots is None, torch.get_num_threads()
         if bucket not in self._chosen:
             self._chosen[bucket] = self._remembered(*bucket) or self._measure(x, h, slots, *bucket)
         self.name = self._chosen[bucket]
-        if self.name not in self._forms:
-            self._forms[self.name] = self._make(self.net, self.name)
-        return self._forms[self.name]
+        return self._form(self.name)
 
-    def _entry(self, rows: int, blocks: bool) -> str:
-        return f"{self._key}; {rows} rows, {'blocks' if blocks else 'mixed'}"
+    def _form(self, name: str) -> Prepared:
+        if name not in self._forms:
+            self._forms[name] = self._make(self.net, name)
+        return self._forms[name]
 
-    def _remembered(self, rows: int, blocks: bool) -> str | None:
-        found = _read().get(self._entry(rows, blocks))
+    def _entry(self, rows: int, blocks: bool, threads: int) -> str:
+        own = "" if self._threads is None else f"{self._threads} of "
+        return f"{self._key}; {own}{threads} threads; {rows} rows, {'blocks' if blocks else 'mixed'}"
+
+    def _remembered(self, *bucket: Any) -> str | None:
+        found = _read().get(self._entry(*bucket))
         name = found.get("backend") if isinstance(found, dict) else None
         return name if name in self._available else None
 
-    def _measure(self, x: Tensor, h: Tensor, slots: Tensor | None, rows: int, blocks: bool) -> str:
-        # Zeros would flatter nobody, but a user's NaN or denormals could: time on noise.
-        x, h = torch.randn_like(x, dtype=torch.float32), torch.randn_like(h, dtype=torch.float32)
-        forms = {name: self._forms.get(name) or self._make(self.net, name) for name in self._available}
-        synchronize = torch.cuda.synchronize if self.net.device.type == "cuda" else lambda: None
-        best, medians = fastest({name: lambda f=form: f.run(x, h, slots) for name, form in forms.items()}, synchronize)  # type: ignore[misc]
+    def _measure(self, x: Tensor, h: Tensor, slots: Tensor | None, *bucket: Any) -> str:
+        # On noise, because a user's NaN or denormals could mislead; of its own, so that nobody's random numbers depend on what is cached.
+        noise = torch.Generator(x.device).manual_seed(0)
+        x, h = (torch.randn(t.shape, generator=noise, device=t.device, dtype=t.dtype) for t in (x, h))
+        if slots is not None:  # all slots alike, whatever the first rows to come were
+            slots = torch.arange(x.shape[0], device=x.device) % self.net.n_slots
+        forms, runs = {}, {}
+        for name in self._available:
+            # A candidate that fails here (memory, a shape that a library does not take) is none.
+            with contextlib.suppress(RuntimeError, ValueError, MemoryError):
+                form = self._forms.get(name) or self._make(self.net, name)
+                form.run(x, h, slots)
+                forms[name], runs[name] = form, partial(form.run, x, h, slots)
+        if not forms:
+            tried = ", ".join(self._available)
+            raise UsageError(f"none of the backends {tried} can run {x.shape[-2]} rows of this net: name one to see why")
+        best, medians = fastest(runs, torch.cuda.synchronize if self.net.device.type == "cuda" else lambda: None)
         self._forms[best] = forms[best]
-        _remember(self._entry(rows, blocks), {"backend": best, "us": {name: round(us, 2) for name, us in medians.items()}})
+        _remember(self._entry(*bucket), {"backend": best, "us": {name: round(us, 2) for name, us in medians.items()}})
         return best
 
 
 def _read() -> dict:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, RuntimeError):  # the last one for a user without a home
         found = json.loads(cache_path().read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
@@ -173,8 +199,8 @@ def _remember(key: str, value: dict) -> None:
 
     Two writers at once may lose an entry, which is then measured again.
     """
-    path = cache_path()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):
+        path = cache_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
             try:

@@ -127,6 +127,9 @@ class Net:
             if first.in_features != width:
                 raise UsageError(f"a layer takes {first.in_features} inputs where the one before it has {width} outputs")
             width = block.hidden if isinstance(block, GRU) else block.out_features
+        places = {t.device for layer in linears for t in (layer.weight, layer.bias, layer.codes) if t is not None}
+        if len(places) > 1:
+            raise UsageError(f"parts of a net are on {' and '.join(sorted(map(str, places)))}: they must be on one device")
         if self.n_slots < 1:
             raise UsageError(f"a net needs at least one slot, got {self.n_slots}")
         odd = [layer.slots for layer in linears if not layer.slots <= {1, self.n_slots}]
@@ -192,10 +195,13 @@ class Prepared(ABC):
     Attributes:
         net: What it was made from.
         nbytes: Bytes of weights, biases and masks that this form holds.
+        holds_net: Whether it runs from the tensors of ``net`` themselves; where it does not and needs them no more, ``net`` is on torch's
+            device ``meta``.
     """
 
     net: Net
     nbytes: int
+    holds_net: bool = False
 
     @abstractmethod
     def run(self, x: Tensor, h: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -215,6 +221,8 @@ class Prepared(ABC):
         Raises:
             UsageError: Shapes or slots do not fit the net.
         """
+        if not x.is_floating_point():
+            raise UsageError(f"inputs must be floating point, got {x.dtype}: convert them with .float()")
         rows = x.shape[:-1]
         wanted = (self.net.n_slots, rows[-1]) if slots is None else (slots.shape[0],)
         if tuple(rows) != wanted or x.shape[-1] != self.net.in_features:
@@ -226,9 +234,6 @@ class Prepared(ABC):
             h = x.new_zeros(*rows, self.net.hidden)
         elif h.shape != (*rows, self.net.hidden):
             raise UsageError(f"the hidden state must be {[*rows, self.net.hidden]}, got {list(h.shape)}")
-        if slots is not None:
-            if slots.dtype != torch.int64 or slots.ndim != 1:
-                raise UsageError(f"slots must be int64 [rows], got {slots.dtype} {list(slots.shape)}")
-            if slots.numel() and int(slots.max()) >= self.net.n_slots:
-                raise UsageError(f"slot {int(slots.max())} does not exist: this net has the slots 0..{self.net.n_slots - 1}")
+        if slots is not None and slots.numel() and int(slots.max()) >= self.net.n_slots:
+            raise UsageError(f"slot {int(slots.max())} does not exist: this net has the slots 0..{self.net.n_slots - 1}")
         return self.run(x, h, slots)

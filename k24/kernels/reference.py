@@ -64,6 +64,8 @@ def run(net: Net, x: Tensor, h: Tensor, slots: Tensor | None = None) -> tuple[Te
 class Reference(Prepared):
     """The reference as a backend: shared weights and codes as they are, masks expanded at every call."""
 
+    holds_net = True
+
     def __init__(self, net: Net) -> None:
         self.net = net
         held = [t for layer in net.linears for t in (layer.weight, layer.bias, layer.codes) if t is not None]
