@@ -211,7 +211,7 @@ def test_made_up_nets_hold_legal_masks_and_repeat(op: str, hidden: int, obs: int
         legal = layer.patterns.legal(layer.in_features)
         groups = torch.arange(layer.codes.shape[-1]).expand_as(layer.codes)
         assert legal[layer.codes.long(), groups].all()
-        assert layer.codes.shape[0] == 3 and layer.slots == 3
+        assert layer.codes.shape[0] == 3
     again = made_up_net(op, hidden, 3, torch.float32, obs, 4)
     assert all(torch.equal(a.weight, b.weight) and torch.equal(a.codes, b.codes) for a, b in zip(net.linears, again.linears, strict=True))
     assert (net.in_features, net.out_features, net.hidden) == ((hidden, hidden, 0) if op == "layer" else (obs, 4, hidden))

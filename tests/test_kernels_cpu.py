@@ -50,7 +50,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | Non
     """Sets what stands in place of the library; what was loaded comes back afterwards."""
 
     def put(path: Path | None) -> None:
-        monkeypatch.setattr(cpu, "library_path", lambda: path)
+        monkeypatch.setattr(cpu, "library_path", lambda: path or Path("/nowhere/_cpu.so"))
         cpu._library.cache_clear()
 
     yield put
@@ -264,7 +264,7 @@ def test_inputs_that_are_elsewhere() -> None:
     blocks, state, _ = operands(net, 4)
     prepared(blocks, state)  # what is like the last call is not examined again, but this is
     for wrong in ((x.to("meta"), h, slots), (x, h.to("meta"), slots), (blocks.to("meta"), state), (blocks, state.to("meta"))):
-        with pytest.raises(UsageError, match="runs on the CPU, and its inputs are on"):
+        with pytest.raises(UsageError, match="this net runs on the CPU, and an input is on meta"):
             prepared(*wrong)
 
 
@@ -305,9 +305,69 @@ def test_library_that_does_not_load(no_library, tmp_path: Path) -> None:
         prepare(recurrent(10, 24, 5), "cpu")
 
 
-def test_library_is_found_beside_the_module() -> None:
-    path = cpu.library_path()
-    assert path is None or (path.parent == Path(cpu.__file__).parent and path.name.startswith("_cpu."))
+@pytest.mark.skipif(COMPILER is None or sys.platform == "win32", reason="no C++ compiler")
+def test_library_of_another_version(no_library, tmp_path: Path) -> None:
+    """One from before there was a version has no function for it."""
+    for source, found in (('extern "C" int k24_version() { return 99; }', 99), ('extern "C" int k24_run() { return 0; }', 0)):
+        (tmp_path / f"{found}.cpp").write_text(source)
+        library = tmp_path / f"{found}.so"
+        subprocess.run([str(COMPILER), "-shared", "-fPIC", tmp_path / f"{found}.cpp", "-o", library], check=True)
+        no_library(library)
+        with pytest.raises(UsageError, match=f"its C.. library is of version {found} where this k24 needs {cpu.VERSION}: reinstall k24"):
+            prepare(recurrent(10, 24, 5), "cpu")
+
+
+@kernels
+@pytest.mark.parametrize("isa", sorted(cpu.ISAS))
+def test_outputs_depend_on_nothing_but_their_own_row(isa: str) -> None:
+    """Not on how many rows come with it, nor on threads, nor on whether masks are packed, bits, or multiplied in."""
+    if cpu.ISAS[isa] > cpu.ISAS[cpu.best_isa() or "avx2"]:
+        pytest.skip(f"this CPU has no {isa}")
+    net = recurrent(18, 100, 5)
+    x, h, _ = operands(net, 131)
+    wanted = cpu.Cpu(net, 1, isa=isa)(x, h)
+    for form in (cpu.Cpu(net, 1, isa=isa), cpu.Cpu(net, 2, isa=isa), cpu.Cpu(net, 1, "shared", isa), cpu.Cpu(net.dense(), 1, isa=isa)):
+        for rows in (1, 2, 3, 4, 7, 8, 14, 16, 31, 33, 64, 131):
+            for got, right in zip(form(x[:, :rows].contiguous(), h[:, :rows].contiguous()), wanted, strict=True):
+                assert torch.equal(got, right[:, :rows]), f"{rows} rows"
+
+
+@kernels
+def test_foreign_defaults_change_nothing() -> None:
+    net = recurrent(10, 24, 5)
+    x, h, _ = operands(net, 4)
+    wanted = cpu.Cpu(net)(x, h)
+    form = cpu.Cpu(net)
+    kind = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            for _ in range(2):
+                for got, right in zip(form(x, h), wanted, strict=True):
+                    assert got.dtype == torch.float32 and torch.equal(got, right)
+    finally:
+        torch.set_default_dtype(kind)
+
+
+@kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_of_a_threaded_process_runs_on(tmp_path: Path) -> None:
+    program = """
+import os, sys, torch
+from test_kernels import operands, recurrent
+from k24.kernels.cpu import Cpu
+net = recurrent(64, 256, 5)
+x, h, _ = operands(net, 64)
+form = Cpu(net, 2)
+wanted = form(x, h)[0]
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(form(x, h)[0], wanted) else 7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "0\n", done.stderr[-300:]
 
 
 # Under the sanitizers --------------------------------------------------------------------------------------------------------------

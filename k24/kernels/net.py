@@ -223,17 +223,17 @@ class Prepared(ABC):
         """
         if not x.is_floating_point():
             raise UsageError(f"inputs must be floating point, got {x.dtype}: convert them with .float()")
-        rows = x.shape[:-1]
-        wanted = (self.net.n_slots, rows[-1]) if slots is None else (slots.shape[0],)
-        if tuple(rows) != wanted or x.shape[-1] != self.net.in_features:
-            expected = (
-                f"[{self.net.n_slots}, rows, {self.net.in_features}]" if slots is None else f"[{slots.shape[0]}, {self.net.in_features}]"
-            )
+        if slots is not None and (slots.dtype != torch.int64 or slots.ndim != 1):
+            raise UsageError(f"slots must be int64 [rows], got {slots.dtype} {list(slots.shape)}")
+        rows, n_slots, width = x.shape[:-1], self.net.n_slots, self.net.in_features
+        fits = rows == slots.shape if slots is not None else len(rows) == 2 and rows[0] == n_slots
+        if not fits or x.shape[-1] != width:
+            expected = f"[{n_slots}, rows, {width}]" if slots is None else f"[{slots.shape[0]}, {width}]"
             raise UsageError(f"inputs must be {expected}, got {list(x.shape)}")
         if h is None:
             h = x.new_zeros(*rows, self.net.hidden)
         elif h.shape != (*rows, self.net.hidden):
             raise UsageError(f"the hidden state must be {[*rows, self.net.hidden]}, got {list(h.shape)}")
-        if slots is not None and slots.numel() and int(slots.max()) >= self.net.n_slots:
-            raise UsageError(f"slot {int(slots.max())} does not exist: this net has the slots 0..{self.net.n_slots - 1}")
+        if slots is not None and slots.numel() and int(slots.max()) >= n_slots:
+            raise UsageError(f"slot {int(slots.max())} does not exist: this net has the slots 0..{n_slots - 1}")
         return self.run(x, h, slots)
