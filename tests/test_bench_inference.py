@@ -189,7 +189,7 @@ def test_summary_groups_by_rows_and_counts_losses() -> None:
     ]
     rows += [row("policy", 1, 9.0, 1.1), row("policy", 1, None, None, us=None)]
     found = {(group.pop("op"), group.pop("envs")): group for group in summary(rows)}
-    empty = {"over_eager": None, "over_compile": None, "over_onnx": None}
+    empty = {"over_eager": None, "over_compile": None, "over_onnx": None, "over_single": None}
     assert found == {
         ("layer", "1"): {"cases": 2, "over_torch": 4.0, "over_twin": 1.0, "slower": 1, **empty},
         ("layer", "2 to 31"): {"cases": 1, "over_torch": 2.0, "over_twin": 1.0, "slower": 0, **empty},

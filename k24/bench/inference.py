@@ -3,7 +3,7 @@
 Two operations. ``layer``: one masked ``[H, H]`` linear layer per agent. ``policy``: a whole acting step, fc1 → GRU → fc2 → fc3 → fc4, from
 observations to action values and the next state. The rivals are dense: torch as one writes it (``eager``: results are new tensors, as ours
 are), torch with every operand and result bound beforehand (``torch``), ``torch.compile``, ONNX Runtime bound likewise, and the *twin*, our
-own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over the others is
+own kernel on the same net with its masks multiplied in; with several threads also *single*, ours on one. What we gain over the twin is what 2:4 is worth; what we gain over the others is
 that and the kernel.
 
 Correctness comes first: what does not agree with the reference, computed in float64, is not timed.
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # held in less.
 TOLERANCE = {"fp32": 1e-5, "bf16": 4 * 2**-8, "fp16": 4 * 2**-11}
 # Ours are compared with these, in this order in tables.
-RIVALS = ("eager", "torch", "compile", "onnx", "twin")
+RIVALS = ("eager", "torch", "compile", "onnx", "twin", "single")
 # From so many shapes on, `--compile auto` leaves torch.compile out: it takes seconds for each.
 FEW_CASES = 4
 # More than any GPU's L2 cache.
@@ -247,7 +247,7 @@ def measure(case: Case, options: BenchInference, compiled: bool = False, clock: 
             return row
         if on_gpu:
             return row | _on_cuda(net, x, h, ours, gate, options.repeats, notes)
-        return row | _on_cpu(net, x, h, ours, gate, options, compiled, notes, clock)
+        return row | _on_cpu(case, net, x, h, ours, gate, options, compiled, notes, clock)
 
 
 class _Gate:
@@ -297,6 +297,7 @@ def _twin(net: Net, x: Tensor, h: Tensor, threads: int) -> list[Candidate]:
 
 
 def _on_cpu(
+    case: Case,
     net: Net,
     x: Tensor,
     h: Tensor,
@@ -314,6 +315,8 @@ def _on_cpu(
         "onnx": lambda: onnx_candidates(net, x, h, options.threads),
         "twin": lambda: _twin(net, x, h, options.threads),
     }
+    if options.threads > 1:
+        makers["single"] = lambda: [_ours(net, x, h, case.backend, 1)[0]]
     if not compiled:
         del makers["compile"]
     sample = on_cpu() if clock is None else on_cpu(clock)

@@ -60,7 +60,7 @@ def _inference(arguments: list[str]) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from k24.bench import BenchInference, header, machine, measure, plan, summary
-    from k24.bench.inference import FEW_CASES
+    from k24.bench.inference import FEW_CASES, RIVALS
 
     text = "Time single layers and whole acting steps beside dense torch, torch.compile, ONNX Runtime and our own dense kernel."
     options = parse(BenchInference, arguments, "bench inference", description=text)
@@ -89,7 +89,7 @@ def _inference(arguments: list[str]) -> None:
         console.print(table(of_type, f"µs per call, {dtype}"))
         if cold := [row | row["cold"] for row in of_type if "cold" in row]:
             console.print(table(cold, f"µs per call, {dtype}, nothing in the cache"))
-    for line in [*_groups(summary(rows)), *_notes(rows)]:
+    for line in [*_groups(summary(rows), RIVALS), *_notes(rows)]:
         print(line)
     print(json.dumps({"rows": rows, "machine": where, "threads": options.threads}))
     if stopped:
@@ -147,13 +147,11 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return made
 
 
-def _groups(groups: list[dict[str, Any]]) -> list[str]:
+def _groups(groups: list[dict[str, Any]], rivals: tuple[str, ...]) -> list[str]:
     """Median speed-ups, and how often ours was not the fastest."""
     lines = []
     for group in groups:
-        over = [
-            f"{group[f'over_{name}']:.2f}x over {name}" for name in ("eager", "torch", "compile", "onnx", "twin") if group[f"over_{name}"]
-        ]
+        over = [f"{group[f'over_{name}']:.2f}x over {name}" for name in rivals if group[f"over_{name}"]]
         lost = f"; a rival was faster in {group['slower']}" if group["slower"] else ""
         cases = f"{group['cases']} case{'s' if group['cases'] > 1 else ''}"
         lines.append(f"{group['op']}, {group['envs']} rows per agent: {', '.join(over) or 'nothing to compare with'} ({cases}{lost})")
