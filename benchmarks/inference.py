@@ -54,7 +54,7 @@ def summary(results: dict[str, dict]) -> str:
     for name, result in results.items():
         rows = result["rows"]
         twins = [row["over_twin"] for row in rows if row["over_twin"] is not None]
-        over = [ratio([row[f"over_{rival}"] for row in rows]) for rival in RIVALS]
+        over = [ratio([row.get(f"over_{rival}") for row in rows]) for rival in RIVALS]
         lines.append(f"| {name} | {len(rows)} | {' | '.join(over)} | {f'{min(twins):.2f}x' if twins else '–'} |")
     return "\n".join(lines)
 
@@ -69,8 +69,8 @@ def details(results: dict[str, dict]) -> str:
         lines += [f"| H | agents | rows | µs | ± | {', µs | '.join(names)}, µs | over {' | over '.join(names)} |", "|---:" * 15 + "|"]
         for row in result["rows"]:
             sizes = [str(row[size]) for size in ("hidden", "agents", "envs")]
-            times = [number(row[key], 1) for key in ("us", "us_iqr", *(f"{rival}_us" for rival in RIVALS))]
-            lines.append("| " + " | ".join([*sizes, *times, *(number(row[f"over_{rival}"], 2) for rival in RIVALS)]) + " |")
+            times = [number(row.get(key), 1) for key in ("us", "us_iqr", *(f"{rival}_us" for rival in RIVALS))]
+            lines.append("| " + " | ".join([*sizes, *times, *(number(row.get(f"over_{rival}"), 2) for rival in RIVALS)]) + " |")
     return "\n".join(lines)
 
 

@@ -169,16 +169,8 @@ def test_the_heat_is_won_by_the_fastest() -> None:
 
 def test_summary_groups_by_rows_and_counts_losses() -> None:
     def row(op: str, envs: int, torch_: float | None, twin: float | None, us: float | None = 1.0) -> dict:
-        return {
-            "op": op,
-            "envs": envs,
-            "us": us,
-            "over_eager": None,
-            "over_torch": torch_,
-            "over_compile": None,
-            "over_onnx": None,
-            "over_twin": twin,
-        }
+        over = {f"over_{name}": None for name in RIVALS} | {"over_torch": torch_, "over_twin": twin}
+        return {"op": op, "envs": envs, "us": us, **over}
 
     rows = [
         row("layer", 1, 3.0, 1.5),

@@ -3,8 +3,8 @@
 Two operations. ``layer``: one masked ``[H, H]`` linear layer per agent. ``policy``: a whole acting step, fc1 → GRU → fc2 → fc3 → fc4, from
 observations to action values and the next state. The rivals are dense: torch as one writes it (``eager``: results are new tensors, as ours
 are), torch with every operand and result bound beforehand (``torch``), ``torch.compile``, ONNX Runtime bound likewise, and the *twin*, our
-own kernel on the same net with its masks multiplied in; with several threads also *single*, ours on one. What we gain over the twin is what 2:4 is worth; what we gain over the others is
-that and the kernel.
+own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over the others is
+that and the kernel. With several threads there is also *single*, ours on one.
 
 Correctness comes first: what does not agree with the reference, computed in float64, is not timed.
 
