@@ -315,12 +315,15 @@ def _on_cpu(
         "onnx": lambda: onnx_candidates(net, x, h, options.threads),
         "twin": lambda: _twin(net, x, h, options.threads),
     }
-    if options.threads > 1:
-        makers["single"] = lambda: [_ours(net, x, h, case.backend, 1)[0]]
     if not compiled:
         del makers["compile"]
     sample = on_cpu() if clock is None else on_cpu(clock)
     pause = SPIN_SECONDS if options.threads > 1 else 0.0
+    found: dict[str, Any] = {}
+    if options.threads > 1:  # before there are threads of others, which would compete for the cores
+        one = {"ours": ours.run, "single": _ours(net, x, h, case.backend, 1)[0].run}
+        alone = figures(race(one, sample, options.repeats, pause=pause))
+        found = {name: alone[name] for name in ("single_us", "over_single")}
     field = {"ours": ours}
     for name, make in makers.items():
         try:
@@ -331,7 +334,7 @@ def _on_cpu(
         if candidates:
             field[name] = fastest(candidates, sample, options.repeats, pause)
     timed = race({name: candidate.run for name, candidate in field.items()}, sample, options.repeats, pause=pause)
-    return figures(timed) | {f"{name}_how": field[name].how for name in ("torch", "onnx") if name in field}
+    return found | figures(timed) | {f"{name}_how": field[name].how for name in ("torch", "onnx") if name in field}
 
 
 def _on_cuda(net: Net, x: Tensor, h: Tensor, ours: Candidate, gate: _Gate, repeats: int | None, notes: dict[str, str]) -> dict[str, Any]:
