@@ -5,6 +5,7 @@ tests/test_kernels.py has what is asked of every backend.
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import platform
@@ -330,6 +331,20 @@ def test_outputs_depend_on_nothing_but_their_own_row(isa: str) -> None:
         for rows in (1, 2, 3, 4, 7, 8, 14, 16, 31, 33, 64, 131):
             for got, right in zip(form(x[:, :rows].contiguous(), h[:, :rows].contiguous()), wanted, strict=True):
                 assert torch.equal(got, right[:, :rows]), f"{rows} rows"
+
+
+@kernels
+def test_a_packed_net_lives_as_long_as_anyone_uses_it() -> None:
+    net = recurrent(10, 24, 5)
+    x, h, _ = operands(net, 4)
+    form = cpu.Cpu(net)
+    wanted = form(x, h)[0]
+    other = copy.copy(form)
+    del form
+    gc.collect()
+    assert torch.equal(other(x, h)[0], wanted)
+    with pytest.raises(TypeError, match="cannot be copied or pickled: pickle the policy, or prepare the net again"):
+        copy.deepcopy(other)
 
 
 @kernels

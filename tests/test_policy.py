@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -514,3 +515,29 @@ def test_on_a_gpu(tmp_path, dtype) -> None:
     assert isinstance(actions, np.ndarray) and state.is_cuda
     assert policy.act(obs.cuda()[:, 0], state[:, 0])[0].is_cuda
     assert policy.act(torch.zeros(4, 7), slots=np.array([0, 2, -1, 1]))[0].shape == (4,)
+
+
+def test_a_policy_goes_to_other_processes(saved, tmp_path) -> None:
+    """By its file where it has one, which keeps what is sent small."""
+    path, net = saved
+    loaded = load_policy(path, backend="dense", threads=1)
+    made = Policy(net, loaded.spec, "dense")
+    obs = torch.randn(loaded.spec.n_agents, 4, loaded.spec.obs_dim)
+    wanted, _ = loaded.outputs(obs)
+    for policy in (loaded, made):
+        sent = pickle.dumps(policy)
+        again = pickle.loads(sent)
+        assert torch.equal(again.outputs(obs)[0], wanted)
+        assert again.spec == policy.spec and again.backend == "dense"
+    assert len(pickle.dumps(loaded)) < 1000
+
+
+def test_observations_in_bfloat16_keep_their_type_with_agent_ids() -> None:
+    net = random_net(slots=3, inputs=7 + 3)
+    policy = Policy(net, PolicySpec("t/t", "qmix", "k24", 1, 3, 7, 5, agent_id=True), "dense")
+    obs = torch.randn(3, 2, 7)
+    exact, _ = policy.outputs(obs)
+    net16 = Policy(net.map(lambda layer: replace(layer, weight=layer.weight.bfloat16())), policy.spec, "dense")
+    values, state = net16.outputs(obs.bfloat16())
+    assert values.dtype == state.dtype == torch.bfloat16
+    torch.testing.assert_close(values.float(), exact, rtol=0.1, atol=0.1)
