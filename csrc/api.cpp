@@ -15,8 +15,8 @@
 #include "isa.h"
 
 struct k24_net {
-  const Isa *isa;
-  void *impl;
+  const Isa* isa;
+  void* impl;
   int64_t slots, in, out, hidden, macs;  // macs: multiply-adds of one row
   bool shared;
 };
@@ -31,11 +31,11 @@ std::atomic<bool> forked{false};
 const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
-constexpr int64_t CHUNK = 128;             // batch rows that go through the net together: weights are read once for all of them
-constexpr int64_t SHARED_CHUNK = 512;      // with shared weights rows of several slots go together
+constexpr int64_t CHUNK = 128;            // batch rows that go through the net together: weights are read once for all of them
+constexpr int64_t SHARED_CHUNK = 512;     // with shared weights rows of several slots go together
 constexpr int64_t THREAD_MACS = 400'000;  // less work than this per thread does not pay for waking it
 
-const Isa *isa_of(int32_t isa) {
+const Isa* isa_of(int32_t isa) {
 #if defined(__x86_64__) || defined(_M_X64)
   if (isa == K24_AVX512 && k24_best_isa() >= K24_AVX512) return &K24_ISA_AVX512;
   if (isa == K24_AVX2 && k24_best_isa() >= K24_AVX2) return &K24_ISA_AVX2;
@@ -48,7 +48,7 @@ const Isa *isa_of(int32_t isa) {
 struct Sorted {
   std::vector<int64_t> order, starts;  // order[i]: which row comes at place i; starts[a]: first place of slot a
 
-  Sorted(const int64_t *row_slots, int64_t rows, int64_t slots) : starts(static_cast<size_t>(slots) + 1, 0) {
+  Sorted(const int64_t* row_slots, int64_t rows, int64_t slots) : starts(static_cast<size_t>(slots) + 1, 0) {
     for (int64_t i = 0; i < rows; ++i)
       if (row_slots[i] >= 0 && row_slots[i] < slots) ++starts[static_cast<size_t>(row_slots[i]) + 1];
     for (size_t a = 1; a < starts.size(); ++a) starts[a] += starts[a - 1];
@@ -65,12 +65,12 @@ struct Task {
 };
 
 // Cuts the rows of all slots into tasks of at most `chunk` rows; a task of a packed net stays within one slot.
-std::vector<Task> tasks_of(const int64_t *starts, int64_t slots, int64_t chunk, bool mix) {
+std::vector<Task> tasks_of(const int64_t* starts, int64_t slots, int64_t chunk, bool mix) {
   std::vector<Task> tasks;
   for (int64_t a = 0; a < slots; ++a)
     for (int64_t row = starts[a]; row < starts[a + 1];) {
       if (!mix || tasks.empty() || tasks.back().rows >= chunk) tasks.push_back({row, 0, {}});
-      Task &task = tasks.back();
+      Task& task = tasks.back();
       const int64_t rows = std::min(chunk - task.rows, starts[a + 1] - row);
       task.parts.push_back({a, row - task.row, rows});
       task.rows += rows;
@@ -79,14 +79,15 @@ std::vector<Task> tasks_of(const int64_t *starts, int64_t slots, int64_t chunk, 
   return tasks;
 }
 
-void run_sorted(const k24_net &net, const float *x, const float *h, float *y, float *h_next, const int64_t *starts, int32_t threads) {
+void run_sorted(const k24_net& net, const float* x, const float* h, float* y, float* h_next, const int64_t* starts, int32_t threads) {
   const int64_t rows = starts[net.slots];
   if (forked) threads = 1;
   threads = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(threads, rows * net.macs / THREAD_MACS)));
   int64_t chunk = net.shared ? SHARED_CHUNK : CHUNK;
   if (threads > 1) chunk = std::min(chunk, std::max<int64_t>(16, rows / (threads * 4) / 16 * 16));
-  const auto run = [&](int64_t row, int64_t count, const Rows *parts, size_t n) {
-    net.isa->run(net.impl, x + row * net.in, h + row * net.hidden, y + row * net.out, h_next + row * net.hidden, count, parts, static_cast<int64_t>(n), poison);
+  const auto run = [&](int64_t row, int64_t count, const Rows* parts, size_t n) {
+    net.isa->run(net.impl, x + row * net.in, h + row * net.hidden, y + row * net.out, h_next + row * net.hidden, count, parts,
+                 static_cast<int64_t>(n), poison);
   };
   if (threads == 1 && !net.shared) {  // the common case, without allocating anything
     for (int64_t a = 0; a < net.slots; ++a)
@@ -103,7 +104,7 @@ void run_sorted(const k24_net &net, const float *x, const float *h, float *y, fl
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
 #endif
   for (int64_t i = 0; i < n; ++i) {
-    const Task &task = tasks[static_cast<size_t>(i)];
+    const Task& task = tasks[static_cast<size_t>(i)];
     try {
       run(task.row, task.rows, task.parts.data(), task.parts.size());
     } catch (...) {
@@ -113,12 +114,13 @@ void run_sorted(const k24_net &net, const float *x, const float *h, float *y, fl
   if (failed) throw std::bad_alloc();
 }
 
-void run_mixed(const k24_net &net, const float *x, const float *h, float *y, float *h_next, int64_t rows, const int64_t *row_slots, int32_t threads) {
+void run_mixed(const k24_net& net, const float* x, const float* h, float* y, float* h_next, int64_t rows, const int64_t* row_slots,
+               int32_t threads) {
   const Sorted sorted(row_slots, rows, net.slots);
   const int64_t live = sorted.starts.back();
   std::vector<float> buffer(static_cast<size_t>(live * (net.in + net.out + 2 * net.hidden)));
   float *xs = buffer.data(), *ys = xs + live * net.in, *hs = ys + live * net.out, *after = hs + live * net.hidden;
-  const auto copy = [](float *to, const float *from, int64_t width) { std::memcpy(to, from, static_cast<size_t>(width) * sizeof(float)); };
+  const auto copy = [](float* to, const float* from, int64_t width) { std::memcpy(to, from, static_cast<size_t>(width) * sizeof(float)); };
   for (int64_t i = 0; i < live; ++i) {
     const int64_t row = sorted.order[static_cast<size_t>(i)];
     copy(xs + i * net.in, x + row * net.in, net.in);
@@ -137,22 +139,22 @@ void run_mixed(const k24_net &net, const float *x, const float *h, float *y, flo
 }
 
 // Whether sizes fit each other and codes are codes: from here on they are indices.
-bool sound(int64_t slots, int64_t n_layers, const k24_layer *layers) {
+bool sound(int64_t slots, int64_t n_layers, const k24_layer* layers) {
   if (slots < 1 || n_layers < 1) return false;
   for (int64_t i = 0; i < n_layers; ++i) {
-    const k24_layer &layer = layers[i];
+    const k24_layer& layer = layers[i];
     const auto fits = [&](int64_t n) { return n == 1 || n == slots; };
     if (layer.out < 1 || layer.in < 1 || !fits(layer.weight_slots) || !fits(layer.bias_slots)) return false;
     const bool first = layer.role == K24_GRU_INPUT, second = layer.role == K24_GRU_RECURRENT;
     if (first && (i + 1 == n_layers || layers[i + 1].role != K24_GRU_RECURRENT || layers[i + 1].out != layer.out)) return false;
     if (second && (i == 0 || layers[i - 1].role != K24_GRU_INPUT || layer.out != 3 * layer.in)) return false;
     if (i > 0 && !second) {  // takes what the layer before it gives
-      const k24_layer &before = layers[i - 1];
+      const k24_layer& before = layers[i - 1];
       if (layer.in != (before.role == K24_LINEAR ? before.out : before.in)) return false;
     }
     if (!layer.codes) continue;
     if (layer.weight_slots != 1 || !fits(layer.code_slots)) return false;
-    const uint8_t *end = layer.codes + layer.code_slots * layer.out * ((layer.in + 3) / 4);
+    const uint8_t* end = layer.codes + layer.code_slots * layer.out * ((layer.in + 3) / 4);
     if (std::any_of(layer.codes, end, [](uint8_t code) { return code > 5; })) return false;
   }
   return true;
@@ -164,17 +166,18 @@ int32_t k24_version(void) { return K24_VERSION; }
 
 int32_t k24_best_isa(void) {
 #if defined(__x86_64__) || defined(_M_X64)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     return K24_AVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return K24_AVX2;
 #endif
   return K24_NONE;
 }
 
-k24_net *k24_create(int32_t isa, int64_t slots, int64_t n_layers, const k24_layer *layers, int32_t layout, int32_t values) {
-  const Isa *chosen = isa_of(isa);
+k24_net* k24_create(int32_t isa, int64_t slots, int64_t n_layers, const k24_layer* layers, int32_t layout, int32_t values) {
+  const Isa* chosen = isa_of(isa);
   if (!chosen || !sound(slots, n_layers, layers)) return nullptr;
-  k24_net *net = nullptr;
+  k24_net* net = nullptr;
   try {
     net = new k24_net{};
     net->isa = chosen;
@@ -194,14 +197,15 @@ k24_net *k24_create(int32_t isa, int64_t slots, int64_t n_layers, const k24_laye
   }
 }
 
-void k24_free(k24_net *net) {
+void k24_free(k24_net* net) {
   if (net) net->isa->destroy(net->impl);
   delete net;
 }
 
-int64_t k24_bytes(const k24_net *net) { return net->isa->bytes(net->impl); }
+int64_t k24_bytes(const k24_net* net) { return net->isa->bytes(net->impl); }
 
-int32_t k24_run(const k24_net *net, const float *x, const float *h, float *y, float *h_next, int64_t rows, const int64_t *row_slots, int32_t threads) {
+int32_t k24_run(const k24_net* net, const float* x, const float* h, float* y, float* h_next, int64_t rows, const int64_t* row_slots,
+                int32_t threads) {
   try {
     if (row_slots) {
       run_mixed(*net, x, h, y, h_next, rows, row_slots, threads);
@@ -211,7 +215,7 @@ int32_t k24_run(const k24_net *net, const float *x, const float *h, float *y, fl
     // Few slots need no memory of the heap.
     int64_t few[65];
     std::vector<int64_t> many;
-    int64_t *starts = few;
+    int64_t* starts = few;
     if (net->slots >= 65) many.resize(static_cast<size_t>(net->slots) + 1), starts = many.data();
     for (int64_t a = 0; a <= net->slots; ++a) starts[a] = a * (rows / net->slots);
     run_sorted(*net, x, h, y, h_next, starts, threads);

@@ -1,4 +1,5 @@
-// The kernels for AVX2 and FMA. Compiled with the flags that setup.py gives this file alone; nothing here runs before api.cpp has asked the CPU.
+// The kernels for AVX2 and FMA. Compiled with the flags that setup.py gives this file alone; nothing here runs before api.cpp has asked the
+// CPU.
 #define K24_ISA k24_avx2
 #include "kernels.h"
 

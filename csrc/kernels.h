@@ -1,15 +1,22 @@
 // Packing and running a net, compiled once per instruction set.
 //
-// Lanes of a register hold LANES output rows, a *tile* (or, in panels, batch rows). Weights of a tile are one stream, read once from front to back per block of batch rows; activations are
-// row-major and are broadcast. Three forms of a linear layer:
+// Lanes of a register hold LANES output rows, a *tile*. The weights of a tile are one stream, read from front to back for a block of batch
+// rows; activations are row-major. Three forms of a linear layer:
 //
-//   packed   per 8 groups of 4 inputs: LANES words of 8 nibbles (2 bits: which input the first kept weight takes, 2 bits: the second), then per group the first and
-//            the second kept weights of all lanes. A group costs two picks and two multiply-adds per tile and batch row, a dense one four multiply-adds.
-//   dense    per input the weights of all lanes. The same blocking, tuned as hard: what packed is measured against, and what unmasked layers use.
-//   shared   the dense stream, once for all slots, and LANES words of 32 bits per 32 inputs for each slot. Slots are the inner loop, so that the weights of a tile
-//            come from the first-level cache for all but the first.
+//   packed   Per 8 groups of 4 inputs: LANES words of 8 nibbles (2 bits for the input that the first kept weight takes, 2 for the second),
+//   then
+//            per group the first and the second kept weights of all lanes. A group costs two picks and two multiply-adds per tile and batch
+//            row, where a dense one costs four multiply-adds.
+//   dense    Per input the weights of all lanes. Blocked and tuned as hard: what packed is measured against, and what unmasked layers use.
+//   shared   The dense stream, once for all slots, and LANES words of 32 bits per 32 inputs for each slot. Slots are the inner loop, so
+//   that the
+//            weights of a tile come from the first-level cache for all but the first.
 //
-// Wide layers are cut along the inputs so that a tile's stream stays in the first-level cache while all batch rows pass over it.
+// From 14 batch rows of a slot on, a packed net runs in *panels*: batch rows in the lanes, from its first layer to its last. They read the
+// same packed streams, and nothing is picked: a nibble is the address of an input.
+//
+// Wide layers are cut along the inputs so that what all batch rows pass over stays in the first-level cache. However a layer is run, every
+// output is the same sum in the same order: bias, then kept weights from the first input to the last.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -24,12 +31,12 @@
 
 namespace K24_ISA {
 
-constexpr int64_t GROUPS = 8;         // groups per index word
-constexpr int FEW_ROWS = 3;           // rows up to which more tiles at a time pay, and spreading activations does not
-constexpr int64_t FAR = 768 * 1024;   // bytes of a net that a second-level cache of 1 MB does not hold from one run to the next
+constexpr int64_t GROUPS = 8;        // groups per index word
+constexpr int FEW_ROWS = 3;          // rows up to which more tiles at a time pay, and spreading activations does not
+constexpr int64_t FAR = 768 * 1024;  // bytes of a net that a second-level cache of 1 MB does not hold from one run to the next
 constexpr int64_t SPREAD_ROWS = 16, SPREAD_CUT = 32;  // rows and groups that are spread at a time: at most 32 KB
-constexpr int64_t DENSE_CUT = 64;     // inputs per pass of four dense tiles: 16 KB with AVX-512
-constexpr int64_t PANEL_BYTES = 16384;  // of a panel per pass
+constexpr int64_t DENSE_CUT = 64;                     // inputs per pass of four dense tiles: 16 KB with AVX-512
+constexpr int64_t PANEL_BYTES = 16384;                // of a panel per pass
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -38,56 +45,56 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(const Buffer &) = delete;
-  Buffer &operator=(const Buffer &) = delete;
-  Buffer(Buffer &&other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr, other.bytes_ = 0; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr, other.bytes_ = 0; }
   ~Buffer() { std::free(data_); }
 
   // Makes room, without keeping what was there.
-  char *resize(int64_t bytes) {
+  char* resize(int64_t bytes) {
     bytes = round_up(std::max<int64_t>(bytes, 64), 64);
     if (bytes > bytes_) {
       std::free(data_);
-      data_ = static_cast<char *>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+      data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
       bytes_ = data_ ? bytes : 0;
       if (!data_) throw std::bad_alloc();
     }
     return data_;
   }
-  char *data() const { return data_; }
+  char* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
  private:
-  char *data_ = nullptr;
+  char* data_ = nullptr;
   int64_t bytes_ = 0;
 };
 
 // Packed values: two floats per lane and group, or two bfloat16 in one word.
 struct Fp32Pairs {
   static constexpr int64_t BYTES = 2 * LANES * 4;
-  static K24_INLINE void read(const char *p, F &first, F &second) {
-    first = load(reinterpret_cast<const float *>(p));
-    second = load(reinterpret_cast<const float *>(p) + LANES);
+  static K24_INLINE void read(const char* p, F& first, F& second) {
+    first = load(reinterpret_cast<const float*>(p));
+    second = load(reinterpret_cast<const float*>(p) + LANES);
   }
-  static K24_INLINE void quads(const char *p, int lane, F &first, F &second) {
-    first = quad(reinterpret_cast<const float *>(p) + lane);
-    second = quad(reinterpret_cast<const float *>(p) + LANES + lane);
+  static K24_INLINE void quads(const char* p, int lane, F& first, F& second) {
+    first = quad(reinterpret_cast<const float*>(p) + lane);
+    second = quad(reinterpret_cast<const float*>(p) + LANES + lane);
   }
-  static void write(char *p, int lane, float first, float second) {
-    reinterpret_cast<float *>(p)[lane] = first;
-    reinterpret_cast<float *>(p)[LANES + lane] = second;
+  static void write(char* p, int lane, float first, float second) {
+    reinterpret_cast<float*>(p)[lane] = first;
+    reinterpret_cast<float*>(p)[LANES + lane] = second;
   }
 };
 
 struct Bf16Pairs {
   static constexpr int64_t BYTES = LANES * 4;
-  static K24_INLINE void read(const char *p, F &first, F &second) {
-    const I pair = load(reinterpret_cast<const uint32_t *>(p));
+  static K24_INLINE void read(const char* p, F& first, F& second) {
+    const I pair = load(reinterpret_cast<const uint32_t*>(p));
     first = low_half(pair);
     second = high_half(pair);
   }
-  static K24_INLINE void quads(const char *p, int lane, F &first, F &second) {
-    const I pair = quad(reinterpret_cast<const uint32_t *>(p) + lane);
+  static K24_INLINE void quads(const char* p, int lane, F& first, F& second) {
+    const I pair = quad(reinterpret_cast<const uint32_t*>(p) + lane);
     first = low_half(pair);
     second = high_half(pair);
   }
@@ -96,12 +103,13 @@ struct Bf16Pairs {
     std::memcpy(&bits, &v, 4);
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   }
-  static void write(char *p, int lane, float first, float second) {
-    reinterpret_cast<uint32_t *>(p)[lane] = rounded(first) | rounded(second) << 16;
+  static void write(char* p, int lane, float first, float second) {
+    reinterpret_cast<uint32_t*>(p)[lane] = rounded(first) | rounded(second) << 16;
   }
 };
 
-template <class Pairs> constexpr int64_t packed_bytes(int64_t groups) {  // of one tile
+template <class Pairs>
+constexpr int64_t packed_bytes(int64_t groups) {  // of one tile
   return ceil_div(groups, GROUPS) * LANES * 4 + groups * Pairs::BYTES;
 }
 
@@ -109,10 +117,10 @@ enum class Form { PACKED_FP32, PACKED_BF16, DENSE, SHARED };
 
 struct Layer {
   Form form;
-  int32_t role;                // of k24_role
+  int32_t role;  // of k24_role
   bool relu;
-  int64_t in, out;             // as stored
-  int64_t padded_in;           // to whole groups: what is read of an activation row
+  int64_t in, out;                  // as stored
+  int64_t padded_in;                // to whole groups: what is read of an activation row
   int64_t segment, padded_segment;  // output rows per gate of a GRU (all of them elsewhere), and padded to whole tiles
   int64_t tiles;
   int64_t weight_stride, mask_stride, bias_stride;  // bytes (floats for the bias) from one slot to the next; 0 where all share
@@ -129,11 +137,12 @@ struct Layer {
 
 constexpr int FIRST[6] = {0, 0, 0, 1, 1, 2}, SECOND[6] = {1, 2, 3, 2, 3, 3};
 
-template <class Pairs> void pack_tile(char *to, const Layer &layer, const float *weight, const uint8_t *codes, int64_t tile) {
+template <class Pairs>
+void pack_tile(char* to, const Layer& layer, const float* weight, const uint8_t* codes, int64_t tile) {
   const int64_t groups = layer.padded_in / 4;
   for (int64_t start = 0; start < groups; start += GROUPS) {
     const int64_t count = std::min(GROUPS, groups - start);
-    uint32_t *words = reinterpret_cast<uint32_t *>(to);
+    uint32_t* words = reinterpret_cast<uint32_t*>(to);
     std::memset(words, 0, LANES * 4);
     to += LANES * 4;
     for (int64_t g = 0; g < count; ++g, to += Pairs::BYTES)
@@ -155,7 +164,7 @@ template <class Pairs> void pack_tile(char *to, const Layer &layer, const float 
   }
 }
 
-inline void pack_dense(float *to, const Layer &layer, const float *weight) {
+inline void pack_dense(float* to, const Layer& layer, const float* weight) {
   for (int64_t tile = 0; tile < layer.tiles; ++tile)
     for (int64_t column = 0; column < layer.in; ++column)
       for (int lane = 0; lane < LANES; ++lane) {
@@ -164,7 +173,7 @@ inline void pack_dense(float *to, const Layer &layer, const float *weight) {
       }
 }
 
-inline void pack_bits(uint32_t *to, const Layer &layer, const uint8_t *codes) {
+inline void pack_bits(uint32_t* to, const Layer& layer, const uint8_t* codes) {
   const int64_t groups = layer.padded_in / 4, words = ceil_div(layer.in, 32);
   std::memset(to, 0, static_cast<size_t>(layer.tiles * words * LANES * 4));
   for (int64_t tile = 0; tile < layer.tiles; ++tile)
@@ -178,7 +187,7 @@ inline void pack_bits(uint32_t *to, const Layer &layer, const uint8_t *codes) {
     }
 }
 
-inline void pack(Layer &layer, const k24_layer &from, int32_t layout, int32_t values) {
+inline void pack(Layer& layer, const k24_layer& from, int32_t layout, int32_t values) {
   layer.role = from.role;
   layer.relu = from.relu != 0;
   layer.in = from.in, layer.out = from.out;
@@ -189,7 +198,7 @@ inline void pack(Layer &layer, const k24_layer &from, int32_t layout, int32_t va
   const int64_t size = from.out * from.in, groups = layer.padded_in / 4, codes = from.out * groups;
 
   layer.bias_stride = from.bias_slots > 1 ? layer.padded_out() : 0;
-  float *bias = reinterpret_cast<float *>(layer.bias.resize(from.bias_slots * layer.padded_out() * 4));
+  float* bias = reinterpret_cast<float*>(layer.bias.resize(from.bias_slots * layer.padded_out() * 4));
   for (int64_t slot = 0; slot < from.bias_slots; ++slot)
     for (int64_t row = 0; row < layer.padded_out(); ++row) {
       const int64_t source = layer.source_row(row);
@@ -201,24 +210,27 @@ inline void pack(Layer &layer, const k24_layer &from, int32_t layout, int32_t va
     const int64_t tile_bytes = values == K24_BF16 ? packed_bytes<Bf16Pairs>(groups) : packed_bytes<Fp32Pairs>(groups);
     const int64_t bytes = tile_bytes * layer.tiles;
     layer.weight_stride = from.code_slots > 1 ? bytes : 0;
-    char *to = layer.weights.resize(bytes * from.code_slots);
+    char* to = layer.weights.resize(bytes * from.code_slots);
     for (int64_t slot = 0; slot < from.code_slots; ++slot)
       for (int64_t tile = 0; tile < layer.tiles; ++tile, to += tile_bytes)
-        if (values == K24_BF16) pack_tile<Bf16Pairs>(to, layer, from.weight, from.codes + slot * codes, tile);
-        else pack_tile<Fp32Pairs>(to, layer, from.weight, from.codes + slot * codes, tile);
+        if (values == K24_BF16)
+          pack_tile<Bf16Pairs>(to, layer, from.weight, from.codes + slot * codes, tile);
+        else
+          pack_tile<Fp32Pairs>(to, layer, from.weight, from.codes + slot * codes, tile);
     return;
   }
   const int64_t bytes = layer.padded_out() * layer.in * 4;
   layer.form = from.codes ? Form::SHARED : Form::DENSE;
   layer.weight_stride = from.weight_slots > 1 ? bytes : 0;
-  char *to = layer.weights.resize(bytes * from.weight_slots);
-  for (int64_t slot = 0; slot < from.weight_slots; ++slot) pack_dense(reinterpret_cast<float *>(to + slot * bytes), layer, from.weight + slot * size);
+  char* to = layer.weights.resize(bytes * from.weight_slots);
+  for (int64_t slot = 0; slot < from.weight_slots; ++slot)
+    pack_dense(reinterpret_cast<float*>(to + slot * bytes), layer, from.weight + slot * size);
   if (from.codes) {
     const int64_t mask_bytes = layer.tiles * ceil_div(layer.in, 32) * LANES * 4;
     layer.mask_stride = from.code_slots > 1 ? mask_bytes : 0;
-    char *bits = layer.masks.resize(mask_bytes * from.code_slots);
+    char* bits = layer.masks.resize(mask_bytes * from.code_slots);
     for (int64_t slot = 0; slot < from.code_slots; ++slot)
-      pack_bits(reinterpret_cast<uint32_t *>(bits + slot * mask_bytes), layer, from.codes + slot * codes);
+      pack_bits(reinterpret_cast<uint32_t*>(bits + slot * mask_bytes), layer, from.codes + slot * codes);
   }
 }
 
@@ -229,25 +241,29 @@ struct Pass {
   bool first, relu;  // start from the bias instead of from y; end with ReLU
 };
 
-template <int T, int NB> K24_INLINE void begin(F (&sum)[T][NB], const float *bias, const float *y, int64_t ldy, Pass pass) {
+template <int T, int NB>
+K24_INLINE void begin(F (&sum)[T][NB], const float* bias, const float* y, int64_t ldy, Pass pass) {
   for (int t = 0; t < T; ++t)
     for (int b = 0; b < NB; ++b) sum[t][b] = pass.first ? load(bias + t * LANES) : loadu(y + b * ldy + t * LANES);
 }
 
-template <int T, int NB> K24_INLINE void finish(const F (&sum)[T][NB], float *y, int64_t ldy, Pass pass) {
+template <int T, int NB>
+K24_INLINE void finish(const F (&sum)[T][NB], float* y, int64_t ldy, Pass pass) {
   for (int t = 0; t < T; ++t)
     for (int b = 0; b < NB; ++b) storeu(y + b * ldy + t * LANES, pass.relu ? max(zero(), sum[t][b]) : sum[t][b]);
 }
 
 // T tiles, `tile_bytes` apart, times NB batch rows over `groups` groups.
 //
-// SPREAD: x holds each quad as a whole register already. Some machines repeat a quad while they load it, others need a shuffle for that, which is what picking is short of.
+// SPREAD: x holds each quad as a whole register already. Some machines repeat a quad while they load it, others need a shuffle for that,
+// which is what picking is short of.
 template <class Pairs, bool SPREAD, int T, int NB>
-void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx, const float *bias, float *y, int64_t ldy, int64_t groups, Pass pass) {
+void packed_block(const char* w, int64_t tile_bytes, const float* x, int64_t ldx, const float* bias, float* y, int64_t ldy, int64_t groups,
+                  Pass pass) {
   F sum[T][NB];
   begin<T, NB>(sum, bias, y, ldy, pass);
   I which[T];
-  auto step = [&](const char *values) __attribute__((always_inline)) {
+  auto step = [&](const char* values) __attribute__((always_inline)) {
     F first[T], second[T];
     I other[T];
     for (int t = 0; t < T; ++t) {
@@ -268,30 +284,30 @@ void packed_block(const char *w, int64_t tile_bytes, const float *x, int64_t ldx
     x += SPREAD ? LANES : 4;
   };
   for (; groups >= GROUPS; groups -= GROUPS) {
-    for (int t = 0; t < T; ++t) which[t] = load(reinterpret_cast<const uint32_t *>(w + t * tile_bytes));
+    for (int t = 0; t < T; ++t) which[t] = load(reinterpret_cast<const uint32_t*>(w + t * tile_bytes));
     w += LANES * 4;
 #pragma GCC unroll 8
     for (int g = 0; g < GROUPS; ++g) step(w + g * Pairs::BYTES);
     w += GROUPS * Pairs::BYTES;
   }
   if (groups > 0) {
-    for (int t = 0; t < T; ++t) which[t] = load(reinterpret_cast<const uint32_t *>(w + t * tile_bytes));
+    for (int t = 0; t < T; ++t) which[t] = load(reinterpret_cast<const uint32_t*>(w + t * tile_bytes));
     w += LANES * 4;
     for (; groups > 0; --groups, w += Pairs::BYTES) step(w);
   }
   finish<T, NB>(sum, y, ldy, pass);
 }
 
-// The same stream with batch rows in the lanes: x and y are panels, [inputs][V registers] and [rows][V registers]. A weight is broadcast and its input is a memory operand at an offset
-// that the nibble gives, so a kept weight costs V multiply-adds and V + 1 loads, and nothing is picked.
-// R rows of a tile from lane `lane` on.
+// The same stream with batch rows in the lanes: x and y are panels, [inputs][V registers] and [rows][V registers]. A weight is broadcast
+// and its input is a memory operand at an offset that the nibble gives, so a kept weight costs V multiply-adds with their loads, and
+// nothing is picked. R rows of a tile from lane `lane` on.
 template <class Pairs, int V, int R>
-void panel_block(const char *w, int lane, const float *x, const float *bias, float *y, int64_t groups, Pass pass) {
+void panel_block(const char* w, int lane, const float* x, const float* bias, float* y, int64_t groups, Pass pass) {
   constexpr int64_t WIDTH = V * LANES;
   F sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = pass.first ? all(bias[r]) : load(y + r * WIDTH + v * LANES);
-  const auto step = [&](F first, F second, const float *inputs, int r, uint64_t nibble) __attribute__((always_inline)) {
+  const auto step = [&](F first, F second, const float* inputs, int r, uint64_t nibble) __attribute__((always_inline)) {
     const float *one = inputs + (nibble & 3) * WIDTH, *two = inputs + (nibble >> 2 & 3) * WIDTH;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[r][v] = fma(first, load(one + v * LANES), sum[r][v]);
@@ -299,7 +315,7 @@ void panel_block(const char *w, int lane, const float *x, const float *bias, flo
     for (int v = 0; v < V; ++v) sum[r][v] = fma(second, load(two + v * LANES), sum[r][v]);
   };
   for (; groups >= GROUPS; groups -= GROUPS) {
-    const uint32_t *words = reinterpret_cast<const uint32_t *>(w) + lane;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(w) + lane;
     uint64_t word[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) word[r] = words[r];
@@ -310,7 +326,7 @@ void panel_block(const char *w, int lane, const float *x, const float *bias, flo
       for (int r = 0; r < R; r += 4) {
         F first, second;
         Pairs::quads(w + g * Pairs::BYTES, lane + r, first, second);
-        const float *inputs = x + g * 4 * WIDTH;
+        const float* inputs = x + g * 4 * WIDTH;
         step(splat<0>(first), splat<0>(second), inputs, r, word[r] >> (4 * g));
         step(splat<1>(first), splat<1>(second), inputs, r + 1, word[r + 1] >> (4 * g));
         step(splat<2>(first), splat<2>(second), inputs, r + 2, word[r + 2] >> (4 * g));
@@ -320,14 +336,14 @@ void panel_block(const char *w, int lane, const float *x, const float *bias, flo
     x += GROUPS * 4 * WIDTH;
   }
   if (groups > 0) {
-    const uint32_t *words = reinterpret_cast<const uint32_t *>(w) + lane;
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(w) + lane;
     w += LANES * 4;
     for (int64_t g = 0; g < groups; ++g)
 #pragma GCC unroll 16
       for (int r = 0; r < R; r += 4) {
         F first, second;
         Pairs::quads(w + g * Pairs::BYTES, lane + r, first, second);
-        const float *inputs = x + g * 4 * WIDTH;
+        const float* inputs = x + g * 4 * WIDTH;
         step(splat<0>(first), splat<0>(second), inputs, r, words[r] >> (4 * g));
         step(splat<1>(first), splat<1>(second), inputs, r + 1, words[r + 1] >> (4 * g));
         step(splat<2>(first), splat<2>(second), inputs, r + 2, words[r + 2] >> (4 * g));
@@ -339,27 +355,29 @@ void panel_block(const char *w, int lane, const float *x, const float *bias, flo
 }
 
 // A packed layer on a panel of V registers of batch rows, all of one slot.
-template <class Pairs, int V> void panel_linear(const Layer &layer, int64_t slot, const float *x, float *y) {
+template <class Pairs, int V>
+void panel_linear(const Layer& layer, int64_t slot, const float* x, float* y) {
   constexpr int R = PANEL_SUMS / V;
   constexpr int64_t WIDTH = V * LANES, CUT = PANEL_BYTES / (WIDTH * 16);  // groups per pass
   const int64_t groups = layer.padded_in / 4, tile_bytes = packed_bytes<Pairs>(groups);
-  const char *w = layer.weights.data() + slot * layer.weight_stride;
-  const float *bias = reinterpret_cast<const float *>(layer.bias.data()) + slot * layer.bias_stride;
+  const char* w = layer.weights.data() + slot * layer.weight_stride;
+  const float* bias = reinterpret_cast<const float*>(layer.bias.data()) + slot * layer.bias_stride;
   for (int64_t g = 0; g < groups; g += CUT) {
     const int64_t count = std::min(CUT, groups - g);
     const Pass pass{g == 0, layer.relu && g + count == groups};
     for (int64_t t = 0; t < layer.tiles; ++t)
       for (int lane = 0; lane < LANES; lane += R) {
         const int64_t row = t * LANES + lane;
-        panel_block<Pairs, V, R>(w + t * tile_bytes + packed_bytes<Pairs>(g), lane, x + g * 4 * WIDTH, bias + row, y + row * WIDTH, count, pass);
+        panel_block<Pairs, V, R>(w + t * tile_bytes + packed_bytes<Pairs>(g), lane, x + g * 4 * WIDTH, bias + row, y + row * WIDTH, count,
+                                 pass);
       }
   }
 }
 
 // As packed_block over `inputs` inputs. MASKED: each weight counts where the slot's bit is set.
 template <bool MASKED, int T, int NB>
-void dense_block(const float *w, int64_t tile_floats, const uint32_t *bits, int64_t tile_words, const float *x, int64_t ldx, const float *bias, float *y,
-                 int64_t ldy, int64_t inputs, Pass pass) {
+void dense_block(const float* w, int64_t tile_floats, const uint32_t* bits, int64_t tile_words, const float* x, int64_t ldx,
+                 const float* bias, float* y, int64_t ldy, int64_t inputs, Pass pass) {
   F sum[T][NB];
   begin<T, NB>(sum, bias, y, ldy, pass);
   I mask[T];
@@ -396,17 +414,19 @@ void dense_block(const float *w, int64_t tile_floats, const uint32_t *bits, int6
 }
 
 // Calls f<NB>(first row) for blocks of at most MOST rows, as even as can be.
-template <int MOST, class Function> K24_INLINE void by_rows(int64_t rows, Function f) {
+template <int MOST, class Function>
+K24_INLINE void by_rows(int64_t rows, Function f) {
   const int64_t blocks = ceil_div(rows, MOST);
   int64_t row = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t count = (rows - row) / (blocks - block) + ((rows - row) % (blocks - block) != 0);
     switch (count) {
-#define K24_CASE(NB) \
-  case NB:           \
+#define K24_CASE(NB)                                                     \
+  case NB:                                                               \
     if constexpr (NB <= MOST) f(std::integral_constant<int, NB>{}, row); \
     break;
-      K24_CASE(1) K24_CASE(2) K24_CASE(3) K24_CASE(4) K24_CASE(5) K24_CASE(6) K24_CASE(7) K24_CASE(8) K24_CASE(9) K24_CASE(10) K24_CASE(11) K24_CASE(12)
+      K24_CASE(1)
+      K24_CASE(2) K24_CASE(3) K24_CASE(4) K24_CASE(5) K24_CASE(6) K24_CASE(7) K24_CASE(8) K24_CASE(9) K24_CASE(10) K24_CASE(11) K24_CASE(12)
 #undef K24_CASE
     }
     row += count;
@@ -414,47 +434,53 @@ template <int MOST, class Function> K24_INLINE void by_rows(int64_t rows, Functi
 }
 
 template <bool MASKED, int T, int MOST>
-void dense_tiles(const Layer &layer, int64_t slot, int64_t t0, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows) {
+void dense_tiles(const Layer& layer, int64_t slot, int64_t t0, const float* x, int64_t ldx, float* y, int64_t ldy, int64_t rows) {
   const int64_t tile_floats = layer.in * LANES, tile_words = ceil_div(layer.in, 32) * LANES;
-  const float *w = reinterpret_cast<const float *>(layer.weights.data() + slot * layer.weight_stride) + t0 * tile_floats;
-  const uint32_t *bits = MASKED ? reinterpret_cast<const uint32_t *>(layer.masks.data() + slot * layer.mask_stride) + t0 * tile_words : nullptr;
-  const float *bias = reinterpret_cast<const float *>(layer.bias.data()) + slot * layer.bias_stride + t0 * LANES;
+  const float* w = reinterpret_cast<const float*>(layer.weights.data() + slot * layer.weight_stride) + t0 * tile_floats;
+  const uint32_t* bits =
+      MASKED ? reinterpret_cast<const uint32_t*>(layer.masks.data() + slot * layer.mask_stride) + t0 * tile_words : nullptr;
+  const float* bias = reinterpret_cast<const float*>(layer.bias.data()) + slot * layer.bias_stride + t0 * LANES;
   y += t0 * LANES;
   const int64_t cut = rows > MOST || MASKED ? DENSE_CUT : layer.in;
   for (int64_t k = 0; k < layer.in; k += cut) {
     const int64_t count = std::min(cut, layer.in - k);
     const Pass pass{k == 0, layer.relu && k + count == layer.in};
     by_rows<MOST>(rows, [&](auto nb, int64_t row) __attribute__((always_inline)) {
-      dense_block<MASKED, T, nb()>(w + k * LANES, tile_floats, MASKED ? bits + k / 32 * LANES : nullptr, tile_words, x + row * ldx + k, ldx, bias,
-                                   y + row * ldy, ldy, count, pass);
+      dense_block<MASKED, T, nb()>(w + k * LANES, tile_floats, MASKED ? bits + k / 32 * LANES : nullptr, tile_words, x + row * ldx + k, ldx,
+                                   bias, y + row * ldy, ldy, count, pass);
     });
   }
 }
 
 // Runs f<T>(first tile) over all tiles, MOST at a time, then half as many, down to one.
-template <int MOST, class Function> K24_INLINE void by_tiles(int64_t tiles, Function f, int64_t t = 0) {
+template <int MOST, class Function>
+K24_INLINE void by_tiles(int64_t tiles, Function f, int64_t t = 0) {
   for (; t + MOST <= tiles; t += MOST) f(std::integral_constant<int, MOST>{}, t);
   if constexpr (MOST > 1) by_tiles<MOST / 2>(tiles, f, t);
 }
 
 template <class Pairs, bool SPREAD, int TILES, int ROWS>
-void packed_pass(const Layer &layer, int64_t slot, int64_t g, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows) {
+void packed_pass(const Layer& layer, int64_t slot, int64_t g, int64_t count, const float* x, int64_t ldx, float* y, int64_t ldy,
+                 int64_t rows) {
   const int64_t groups = layer.padded_in / 4, tile_bytes = packed_bytes<Pairs>(groups);
-  const char *w = layer.weights.data() + slot * layer.weight_stride + packed_bytes<Pairs>(g);
-  const float *bias = reinterpret_cast<const float *>(layer.bias.data()) + slot * layer.bias_stride;
+  const char* w = layer.weights.data() + slot * layer.weight_stride + packed_bytes<Pairs>(g);
+  const float* bias = reinterpret_cast<const float*>(layer.bias.data()) + slot * layer.bias_stride;
   const Pass pass{g == 0, layer.relu && g + count == groups};
   by_tiles<TILES>(layer.tiles, [&](auto t, int64_t t0) __attribute__((always_inline)) {
     by_rows<ROWS>(rows, [&](auto nb, int64_t row) __attribute__((always_inline)) {
-      packed_block<Pairs, SPREAD, t(), nb()>(w + t0 * tile_bytes, tile_bytes, x + row * ldx, ldx, bias + t0 * LANES, y + row * ldy + t0 * LANES, ldy, count, pass);
+      packed_block<Pairs, SPREAD, t(), nb()>(w + t0 * tile_bytes, tile_bytes, x + row * ldx, ldx, bias + t0 * LANES,
+                                             y + row * ldy + t0 * LANES, ldy, count, pass);
     });
   });
 }
 
-template <class Pairs> void packed_linear(const Layer &layer, bool far, const Rows &s, const float *x, int64_t ldx, float *y, int64_t ldy) {
+template <class Pairs>
+void packed_linear(const Layer& layer, bool far, const Rows& s, const float* x, int64_t ldx, float* y, int64_t ldy) {
   const int64_t groups = layer.padded_in / 4;
   if (s.rows <= FEW_ROWS) return packed_pass<Pairs, false, FEW_ROWS_TILES, FEW_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
   // What comes from beyond the second-level cache had better come in one stream per tile.
-  if (far && s.rows < PACKED_ROWS) return packed_pass<Pairs, false, PACKED_TILES, PACKED_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
+  if (far && s.rows < PACKED_ROWS)
+    return packed_pass<Pairs, false, PACKED_TILES, PACKED_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
   alignas(64) static thread_local float spread[SPREAD_ROWS * SPREAD_CUT * LANES];
   for (int64_t row = 0; row < s.rows; row += SPREAD_ROWS) {
     const int64_t rows = std::min(SPREAD_ROWS, s.rows - row);
@@ -467,25 +493,27 @@ template <class Pairs> void packed_linear(const Layer &layer, bool far, const Ro
   }
 }
 
-inline void linear(const Layer &layer, bool far, const Rows *segments, int64_t count, const float *x, int64_t ldx, float *y, int64_t ldy) {
+inline void linear(const Layer& layer, bool far, const Rows* segments, int64_t count, const float* x, int64_t ldx, float* y, int64_t ldy) {
   const auto each = [&](auto f) {
     for (int64_t i = 0; i < count; ++i) f(segments[i], x + segments[i].row * ldx, y + segments[i].row * ldy);
   };
   switch (layer.form) {
     case Form::PACKED_FP32:
-      return each([&](const Rows &s, const float *xs, float *ys) { packed_linear<Fp32Pairs>(layer, far, s, xs, ldx, ys, ldy); });
+      return each([&](const Rows& s, const float* xs, float* ys) { packed_linear<Fp32Pairs>(layer, far, s, xs, ldx, ys, ldy); });
     case Form::PACKED_BF16:
-      return each([&](const Rows &s, const float *xs, float *ys) { packed_linear<Bf16Pairs>(layer, far, s, xs, ldx, ys, ldy); });
+      return each([&](const Rows& s, const float* xs, float* ys) { packed_linear<Bf16Pairs>(layer, far, s, xs, ldx, ys, ldy); });
     case Form::DENSE:
-      return each([&](const Rows &s, const float *xs, float *ys) {
+      return each([&](const Rows& s, const float* xs, float* ys) {
         if (s.rows <= FEW_ROWS)
-          by_tiles<FEW_ROWS_TILES>(layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), FEW_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
+          by_tiles<FEW_ROWS_TILES>(
+              layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), FEW_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
         else
-          by_tiles<DENSE_TILES>(layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), DENSE_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
+          by_tiles<DENSE_TILES>(
+              layer.tiles, [&](auto t, int64_t t0) { dense_tiles<false, t(), DENSE_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows); });
       });
     case Form::SHARED:
       by_tiles<DENSE_TILES>(layer.tiles, [&](auto t, int64_t t0) {
-        each([&](const Rows &s, const float *xs, float *ys) {
+        each([&](const Rows& s, const float* xs, float* ys) {
           dense_tiles<true, t(), DENSE_ROWS>(layer, s.slot, t0, xs, ldx, ys, ldy, s.rows);
         });
       });
@@ -500,18 +528,18 @@ struct Net {
   int64_t slots;
   std::vector<Layer> layers;
   int64_t in, out, hidden, padded_hidden, widest;  // widest padded row between two layers
-  bool far;  // too large for the second-level cache
+  bool far;                                        // too large for the second-level cache
   Panels panels;
 
   int64_t bytes() const {
     int64_t total = 0;
-    for (const Layer &layer : layers) total += layer.weights.bytes() + layer.masks.bytes() + layer.bias.bytes();
+    for (const Layer& layer : layers) total += layer.weights.bytes() + layer.masks.bytes() + layer.bias.bytes();
     return total;
   }
 };
 
-inline void *create(int64_t slots, int64_t count, const k24_layer *from, int32_t layout, int32_t values) {
-  Net *net = new Net{};
+inline void* create(int64_t slots, int64_t count, const k24_layer* from, int32_t layout, int32_t values) {
+  Net* net = new Net{};
   try {
     net->slots = slots;
     net->layers.resize(static_cast<size_t>(count));
@@ -519,7 +547,7 @@ inline void *create(int64_t slots, int64_t count, const k24_layer *from, int32_t
     net->panels = values == K24_BF16 ? Panels::BF16 : Panels::FP32;
     net->widest = round_up(net->in, 4);
     for (int64_t i = 0; i < count; ++i) {
-      Layer &layer = net->layers[static_cast<size_t>(i)];
+      Layer& layer = net->layers[static_cast<size_t>(i)];
       pack(layer, from[i], layout, values);
       if (layer.form != Form::PACKED_FP32 && layer.form != Form::PACKED_BF16) net->panels = Panels::NONE;
       net->widest = std::max(net->widest, layer.padded_out());
@@ -538,19 +566,19 @@ inline void *create(int64_t slots, int64_t count, const k24_layer *from, int32_t
 }
 
 // Rows of width `width` into rows of width `padded`, zeros behind.
-inline void pad_rows(float *to, int64_t padded, const float *from, int64_t width, int64_t rows) {
+inline void pad_rows(float* to, int64_t padded, const float* from, int64_t width, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) {
     std::memcpy(to + row * padded, from + row * width, static_cast<size_t>(width) * 4);
     std::memset(to + row * padded + width, 0, static_cast<size_t>(padded - width) * 4);
   }
 }
 
-inline void cut_rows(float *to, int64_t width, const float *from, int64_t padded, int64_t rows) {
+inline void cut_rows(float* to, int64_t width, const float* from, int64_t padded, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row) std::memcpy(to + row * width, from + row * padded, static_cast<size_t>(width) * 4);
 }
 
 // h' = n + z (h - n), gates in the order r, z, n; rows of H padded to whole registers.
-inline void gates(const float *gx, const float *gh, const float *h, float *next, int64_t padded, int64_t rows) {
+inline void gates(const float* gx, const float* gh, const float* h, float* next, int64_t padded, int64_t rows) {
   for (int64_t row = 0; row < rows; ++row, gx += 3 * padded, gh += 3 * padded, h += padded, next += padded)
     for (int64_t i = 0; i < padded; i += LANES) {
       const F r = sigmoid(add(loadu(gx + i), loadu(gh + i)));
@@ -565,7 +593,7 @@ struct Scratch {
 };
 
 // Rows [rows, width] into a panel [padded][lanes], zeros where there is nothing.
-inline void to_panel(float *panel, int64_t lanes, int64_t padded, const float *from, int64_t width, int64_t rows) {
+inline void to_panel(float* panel, int64_t lanes, int64_t padded, const float* from, int64_t width, int64_t rows) {
   for (int64_t b = 0; b < lanes; b += LANES) {
     const int64_t some = std::max<int64_t>(0, std::min<int64_t>(LANES, rows - b));
     for (int64_t k = 0; k < padded; k += LANES) {
@@ -578,7 +606,7 @@ inline void to_panel(float *panel, int64_t lanes, int64_t padded, const float *f
   }
 }
 
-inline void from_panel(float *to, int64_t width, int64_t rows, const float *panel, int64_t lanes) {
+inline void from_panel(float* to, int64_t width, int64_t rows, const float* panel, int64_t lanes) {
   for (int64_t b = 0; b < rows; b += LANES) {
     const int64_t some = std::min<int64_t>(LANES, rows - b);
     for (int64_t k = 0; k < width; k += LANES) {
@@ -593,17 +621,18 @@ inline void from_panel(float *to, int64_t width, int64_t rows, const float *pane
 
 // Runs at most V registers of rows of one slot, batch rows in the lanes from the first layer to the last.
 template <class Pairs, int V>
-void run_panel(const Net &net, int64_t slot, const float *x, const float *h, float *y, float *h_next, int64_t rows, Scratch &scratch, bool poison) {
+void run_panel(const Net& net, int64_t slot, const float* x, const float* h, float* y, float* h_next, int64_t rows, Scratch& scratch,
+               bool poison) {
   constexpr int64_t WIDTH = V * LANES;
-  const auto room = [&](Buffer &buffer, int64_t height) {
-    float *p = reinterpret_cast<float *>(buffer.resize(height * WIDTH * 4));
+  const auto room = [&](Buffer& buffer, int64_t height) {
+    float* p = reinterpret_cast<float*>(buffer.resize(height * WIDTH * 4));
     if (poison) std::memset(p, 0xff, static_cast<size_t>(buffer.bytes()));
     return p;
   };
   float *here = room(scratch.a, net.widest), *there = room(scratch.b, net.widest);
   to_panel(there, WIDTH, net.layers[0].padded_in, x, net.in, rows);
   for (size_t i = 0; i < net.layers.size(); ++i) {
-    const Layer &layer = net.layers[i];
+    const Layer& layer = net.layers[i];
     if (net.layers[i].role == K24_GRU_INPUT) {
       const int64_t padded = net.padded_hidden;
       float *gh = room(scratch.c, 3 * padded), *before = room(scratch.h, padded);
@@ -622,23 +651,26 @@ void run_panel(const Net &net, int64_t slot, const float *x, const float *h, flo
 
 // Rows of one slot in panels of 32 where registers allow, then of 16; returns how many rows are left, too few for a panel.
 template <class Pairs>
-int64_t run_panels(const Net &net, int64_t slot, const float *x, const float *h, float *y, float *h_next, int64_t rows, Scratch &scratch, bool poison) {
+int64_t run_panels(const Net& net, int64_t slot, const float* x, const float* h, float* y, float* h_next, int64_t rows, Scratch& scratch,
+                   bool poison) {
   constexpr int64_t SMALL = 16, LARGE = 2 * LANES, EMPTY = 2;  // a panel with more empty lanes loses more than it wins
   int64_t row = 0;
   while (rows - row >= SMALL - EMPTY) {
     const int64_t left = rows - row, some = std::min<int64_t>(left >= LARGE - EMPTY ? LARGE : SMALL, left);
     const float *xs = x + row * net.in, *hs = h + row * net.hidden;
     float *ys = y + row * net.out, *next = h_next + row * net.hidden;
-    if (some > SMALL || SMALL == LARGE) run_panel<Pairs, LARGE / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
-    else run_panel<Pairs, SMALL / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
+    if (some > SMALL || SMALL == LARGE)
+      run_panel<Pairs, LARGE / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
+    else
+      run_panel<Pairs, SMALL / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
     row += some;
   }
   return rows - row;
 }
 
 // Runs rows that lie one after the other, cut into segments of one slot each.
-inline void run_rows(const Net &net, const float *x, const float *h, float *y, float *h_next, int64_t rows, const Rows *parts, int64_t n_parts,
-                     bool poison) {
+inline void run_rows(const Net& net, const float* x, const float* h, float* y, float* h_next, int64_t rows, const Rows* parts,
+                     int64_t n_parts, bool poison) {
   static thread_local Scratch scratch;
   Rows rest{};
   if (net.panels != Panels::NONE) {
@@ -652,13 +684,13 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
     rest = {slot, 0, left};
     parts = &rest;
   }
-  const auto room = [&](Buffer &buffer, int64_t width) {
-    float *p = reinterpret_cast<float *>(buffer.resize(rows * width * 4));
+  const auto room = [&](Buffer& buffer, int64_t width) {
+    float* p = reinterpret_cast<float*>(buffer.resize(rows * width * 4));
     if (poison) std::memset(p, 0xff, static_cast<size_t>(buffer.bytes()));  // every float a NaN
     return p;
   };
   float *here = room(scratch.a, net.widest), *there = room(scratch.b, net.widest);
-  const float *input = x;
+  const float* input = x;
   int64_t ldx = net.in;
   if (ldx % 4) {
     ldx = net.layers[0].padded_in;
@@ -667,17 +699,17 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
     std::swap(here, there);
   }
   for (size_t i = 0; i < net.layers.size(); ++i) {
-    const Layer &layer = net.layers[i];
+    const Layer& layer = net.layers[i];
     const bool last = i + 1 == net.layers.size();
     if (net.layers[i].role == K24_GRU_INPUT) {
-      const Layer &recurrent = net.layers[++i];
+      const Layer& recurrent = net.layers[++i];
       const int64_t width = 3 * net.padded_hidden;
       const bool exact = net.hidden == net.padded_hidden, ends = i + 1 == net.layers.size();
-      float *gh = room(scratch.c, width);
-      const float *before = h;
-      float *after = h_next;
+      float* gh = room(scratch.c, width);
+      const float* before = h;
+      float* after = h_next;
       if (!exact) {
-        float *padded = room(scratch.h, net.padded_hidden);
+        float* padded = room(scratch.h, net.padded_hidden);
         pad_rows(padded, net.padded_hidden, h, net.hidden, rows);
         before = padded;
         after = room(scratch.next, net.padded_hidden);
@@ -691,7 +723,7 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
       continue;
     }
     const bool direct = last && layer.out == layer.padded_out();
-    float *to = direct ? y : here;
+    float* to = direct ? y : here;
     const int64_t ldy = layer.padded_out();
     linear(layer, net.far, parts, n_parts, input, ldx, to, ldy);
     if (last && !direct) cut_rows(y, layer.out, to, ldy, rows);
@@ -700,12 +732,13 @@ inline void run_rows(const Net &net, const float *x, const float *h, float *y, f
   }
 }
 
-inline void run(const void *net, const float *x, const float *h, float *y, float *h_next, int64_t rows, const Rows *parts, int64_t n_parts, bool poison) {
-  run_rows(*static_cast<const Net *>(net), x, h, y, h_next, rows, parts, n_parts, poison);
+inline void run(const void* net, const float* x, const float* h, float* y, float* h_next, int64_t rows, const Rows* parts, int64_t n_parts,
+                bool poison) {
+  run_rows(*static_cast<const Net*>(net), x, h, y, h_next, rows, parts, n_parts, poison);
 }
 
-inline void destroy(void *net) { delete static_cast<Net *>(net); }
+inline void destroy(void* net) { delete static_cast<Net*>(net); }
 
-inline int64_t bytes(const void *net) { return static_cast<const Net *>(net)->bytes(); }
+inline int64_t bytes(const void* net) { return static_cast<const Net*>(net)->bytes(); }
 
 }  // namespace K24_ISA

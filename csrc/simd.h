@@ -1,6 +1,7 @@
 // The few vector operations that the kernels need, for the instruction set this file is compiled for.
 //
-// Lanes hold output rows. A *quad* is four consecutive inputs, repeated over the whole register; `pick` chooses one of the four for each lane.
+// Lanes hold output rows. A *quad* is four consecutive inputs, repeated over the whole register; `pick` chooses one of the four for each
+// lane.
 #pragma once
 #include <immintrin.h>
 
@@ -18,20 +19,26 @@ constexpr int FEW_ROWS_TILES = 4, PACKED_TILES = 2, PACKED_ROWS = 8, DENSE_TILES
 using F = __m512;
 using I = __m512i;
 
-K24_INLINE F load(const float *p) { return _mm512_load_ps(p); }
-K24_INLINE F loadu(const float *p) { return _mm512_loadu_ps(p); }
-K24_INLINE I load(const uint32_t *p) { return _mm512_load_si512(p); }
-K24_INLINE void storeu(float *p, F v) { _mm512_storeu_ps(p, v); }
-K24_INLINE void store(float *p, F v) { _mm512_store_ps(p, v); }
-K24_INLINE F load_some(const float *p, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
-K24_INLINE void store_some(float *p, F v, int64_t n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+K24_INLINE F load(const float* p) { return _mm512_load_ps(p); }
+K24_INLINE F loadu(const float* p) { return _mm512_loadu_ps(p); }
+K24_INLINE I load(const uint32_t* p) { return _mm512_load_si512(p); }
+K24_INLINE void storeu(float* p, F v) { _mm512_storeu_ps(p, v); }
+K24_INLINE void store(float* p, F v) { _mm512_store_ps(p, v); }
+K24_INLINE F load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+K24_INLINE void store_some(float* p, F v, int64_t n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
 K24_INLINE F zero() { return _mm512_setzero_ps(); }
 K24_INLINE F all(float v) { return _mm512_set1_ps(v); }
-K24_INLINE I quad(const uint32_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
-template <int K> K24_INLINE F splat(F quad) { return _mm512_permute_ps(quad, K * 0x55); }
-K24_INLINE F quad(const float *p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+K24_INLINE I quad(const uint32_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+template <int K>
+K24_INLINE F splat(F quad) {
+  return _mm512_permute_ps(quad, K * 0x55);
+}
+K24_INLINE F quad(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 K24_INLINE F pick(F quad, I which) { return _mm512_permutevar_ps(quad, which); }
-template <int BITS> K24_INLINE I shift_right(I v) { return _mm512_srli_epi32(v, BITS); }
+template <int BITS>
+K24_INLINE I shift_right(I v) {
+  return _mm512_srli_epi32(v, BITS);
+}
 K24_INLINE F low_half(I pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
 K24_INLINE F high_half(I pair) { return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))); }
 K24_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -78,23 +85,29 @@ constexpr int FEW_ROWS_TILES = 4, PACKED_TILES = 1, PACKED_ROWS = 8, DENSE_TILES
 using F = __m256;
 using I = __m256i;
 
-K24_INLINE F load(const float *p) { return _mm256_load_ps(p); }
-K24_INLINE F loadu(const float *p) { return _mm256_loadu_ps(p); }
-K24_INLINE I load(const uint32_t *p) { return _mm256_load_si256(reinterpret_cast<const __m256i *>(p)); }
-K24_INLINE void storeu(float *p, F v) { _mm256_storeu_ps(p, v); }
-K24_INLINE void store(float *p, F v) { _mm256_store_ps(p, v); }
+K24_INLINE F load(const float* p) { return _mm256_load_ps(p); }
+K24_INLINE F loadu(const float* p) { return _mm256_loadu_ps(p); }
+K24_INLINE I load(const uint32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+K24_INLINE void storeu(float* p, F v) { _mm256_storeu_ps(p, v); }
+K24_INLINE void store(float* p, F v) { _mm256_store_ps(p, v); }
 K24_INLINE __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-K24_INLINE F load_some(const float *p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-K24_INLINE void store_some(float *p, F v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+K24_INLINE F load_some(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+K24_INLINE void store_some(float* p, F v, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
 K24_INLINE F zero() { return _mm256_setzero_ps(); }
 K24_INLINE F all(float v) { return _mm256_set1_ps(v); }
-K24_INLINE I quad(const uint32_t *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
-template <int K> K24_INLINE F splat(F quad) { return _mm256_permute_ps(quad, K * 0x55); }
-K24_INLINE F quad(const float *p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(p)); }
+K24_INLINE I quad(const uint32_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+template <int K>
+K24_INLINE F splat(F quad) {
+  return _mm256_permute_ps(quad, K * 0x55);
+}
+K24_INLINE F quad(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
 K24_INLINE F pick(F quad, I which) { return _mm256_permutevar_ps(quad, which); }
-template <int BITS> K24_INLINE I shift_right(I v) { return _mm256_srli_epi32(v, BITS); }
+template <int BITS>
+K24_INLINE I shift_right(I v) {
+  return _mm256_srli_epi32(v, BITS);
+}
 K24_INLINE F low_half(I pair) { return _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)); }
 K24_INLINE F high_half(I pair) { return _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
 K24_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
