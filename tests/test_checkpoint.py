@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from k24 import checkpoint
+from k24 import checkpoint, files
 from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.errors import CheckpointError
 from k24.files import write_atomically
@@ -100,7 +100,7 @@ def test_a_crash_at_any_moment_leaves_the_one_before(two, monkeypatch, call, at)
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint.os, call, crash)
+    monkeypatch.setattr(files.os, call, crash)
     crashed = True
     try:
         save_checkpoint(two, 30, _state(30))
@@ -123,7 +123,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     def no_rename(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.os, "replace", no_rename)
+    monkeypatch.setattr(files.os, "replace", no_rename)
     with pytest.raises(OSError, match="Input/output error"):
         write_atomically(path, b"newer")
     assert path.read_bytes() == b"old"

@@ -421,10 +421,10 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, monkeypatch):
-    from k24 import checkpoint
+    from k24 import files
 
     saved = []
-    real = checkpoint.os.fsync
+    real = files.os.fsync
 
     def full(descriptor: int) -> None:
         saved.append(descriptor)
@@ -434,7 +434,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, monkeypatch):
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             train(BASE, tmp_path / "parts")
     assert load_run(tmp_path / "parts").steps == 96
