@@ -12,11 +12,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from k24.bench import BenchInference, measure, plan
 from k24.commands.train import run_training
 from k24.config import TrainConfig
 from k24.errors import K24Error, UsageError
@@ -47,6 +49,12 @@ def free_folder() -> Path:
     return folder
 
 
+def told(row: dict[str, Any]) -> str:
+    """How fast the exported policy acts, from a row of the inference benchmark."""
+    over = [(row[f"over_{rival}"], name) for rival, name in (("eager", "torch"), ("twin", "our own dense kernel"))]
+    return f"{row['us']:.0f} µs: " + ", ".join(f"{factor:.1f}x over {name}" for factor, name in over if factor is not None)
+
+
 def demo(options: Options) -> None:
     """Trains, evaluates, draws, and prints the table."""
     start = time.perf_counter()
@@ -69,6 +77,8 @@ def demo(options: Options) -> None:
     record_gif(run.learner.actor("deploy"), build_env(config, 1), folder / "episode.gif")
 
     policy = export_run(folder, folder / "policy.safetensors")
+    bench = BenchInference(policy=policy.policy, envs=(1, 32), compile="off", repeats=10)
+    speed = {case.envs: measure(case, bench) for case in plan(bench)}
 
     table = Table(title=f"{config.task}: {config.algo} with {config.sharing}", title_justify="left")
     table.add_column("what")
@@ -83,6 +93,8 @@ def demo(options: Options) -> None:
         "multiply-adds per joint action": f"{found['macs_per_act']:,}",
         "policy file": f"{policy.bytes:,} bytes: {policy.bytes / policy.dense_bytes:.2f} of one dense network, "
         f"{policy.bytes / policy.dense_bytes / policy.agents:.2f} of {policy.agents}",
+        "one acting step, 1 environment": told(speed[1]),
+        "one acting step, 32 environments": told(speed[32]),
         "environment steps per second": f"{result.steps_per_second:,.0f}",
         "minutes, everything included": f"{(time.perf_counter() - start) / 60:.1f}",
         "run folder": str(folder),
