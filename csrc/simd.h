@@ -1,6 +1,6 @@
 // The few vector operations that the kernels need, for the instruction set this file is compiled for.
 //
-// Lanes hold output rows. A *quad* is four consecutive inputs, repeated over the whole register; `pick` chooses one of the four for each
+// Lanes hold output rows, or batch rows in panels. A *quad* is four consecutive inputs, repeated over the whole register; `pick` chooses one of the four for each
 // lane.
 #pragma once
 #include <immintrin.h>

@@ -334,6 +334,42 @@ def test_outputs_depend_on_nothing_but_their_own_row(isa: str) -> None:
 
 
 @kernels
+@pytest.mark.parametrize(
+    ("change", "slots"),
+    [
+        ({}, 0),
+        ({"out_features": 0}, 2),
+        ({"in_features": 0}, 2),
+        ({"weight_slots": 2}, 2),
+        ({"bias_slots": 3}, 2),
+        ({"code_slots": 3}, 3 + 1),
+        ({"role": 1}, 2),
+        ({"role": 2}, 2),
+        ({"codes": 6}, 2),
+    ],
+)
+def test_the_library_itself_refuses_what_does_not_fit(change: dict, slots: int) -> None:
+    """Any language may call it."""
+    library = cpu._library()
+    assert not isinstance(library, str)
+    weight, bias, codes = torch.zeros(2, 4, 8), torch.zeros(3, 4), torch.zeros(3, 4, 2, dtype=torch.uint8)
+
+    def made(slots: int, **fields) -> int | None:
+        codes[0, 0, 0] = fields.pop("codes", 5)
+        layer = cpu._Layer(weight.data_ptr(), codes.data_ptr(), bias.data_ptr(), 1, 1, 1, 4, 8, 0, 0)
+        for name, value in fields.items():
+            setattr(layer, name, value)
+        return library.k24_create(cpu.ISAS[str(cpu.best_isa())], slots, 1, (cpu._Layer * 1)(layer), 0, 0)
+
+    assert made(slots, **change) is None
+    handle = made(2)
+    assert handle
+    x, y = torch.zeros(3, 8), torch.zeros(3, 4)
+    assert library.k24_run(handle, x.data_ptr(), None, y.data_ptr(), None, 3, None, 1) == -1  # three rows of two slots
+    library.k24_free(handle)
+
+
+@kernels
 def test_a_packed_net_lives_as_long_as_anyone_uses_it() -> None:
     net = recurrent(10, 24, 5)
     x, h, _ = operands(net, 4)
