@@ -229,7 +229,7 @@ def test_nets_that_are_dropped_give_their_memory_back(layout: str) -> None:
 
 @pytest.mark.skipif(COMPILER is None or sys.platform == "win32", reason="no C++ compiler")
 def test_library_is_there_where_there_is_a_compiler() -> None:
-    assert cpu.library_path() is not None, "there is a C++ compiler, but the library was not built: pip install -e ."
+    assert cpu.library_path().exists(), "there is a C++ compiler, but the library was not built: pip install -e ."
     assert not isinstance(cpu._library(), str), cpu._library()
 
 
