@@ -314,6 +314,18 @@ void panel_block(const char* w, int lane, const float* x, const float* bias, flo
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[r][v] = fma(second, load(two + v * LANES), sum[r][v]);
   };
+  const auto group = [&](int64_t g, const auto* word) __attribute__((always_inline)) {  // of those that share index words
+    const float* inputs = x + g * 4 * WIDTH;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r += 4) {
+      F first, second;
+      Pairs::quads(w + g * Pairs::BYTES, lane + r, first, second);
+      step(splat<0>(first), splat<0>(second), inputs, r, word[r] >> (4 * g));
+      step(splat<1>(first), splat<1>(second), inputs, r + 1, word[r + 1] >> (4 * g));
+      step(splat<2>(first), splat<2>(second), inputs, r + 2, word[r + 2] >> (4 * g));
+      step(splat<3>(first), splat<3>(second), inputs, r + 3, word[r + 3] >> (4 * g));
+    }
+  };
   for (; groups >= GROUPS; groups -= GROUPS) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(w) + lane;
     uint64_t word[R];
@@ -321,34 +333,14 @@ void panel_block(const char* w, int lane, const float* x, const float* bias, flo
     for (int r = 0; r < R; ++r) word[r] = words[r];
     w += LANES * 4;
 #pragma GCC unroll 8
-    for (int g = 0; g < GROUPS; ++g)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r += 4) {
-        F first, second;
-        Pairs::quads(w + g * Pairs::BYTES, lane + r, first, second);
-        const float* inputs = x + g * 4 * WIDTH;
-        step(splat<0>(first), splat<0>(second), inputs, r, word[r] >> (4 * g));
-        step(splat<1>(first), splat<1>(second), inputs, r + 1, word[r + 1] >> (4 * g));
-        step(splat<2>(first), splat<2>(second), inputs, r + 2, word[r + 2] >> (4 * g));
-        step(splat<3>(first), splat<3>(second), inputs, r + 3, word[r + 3] >> (4 * g));
-      }
+    for (int g = 0; g < GROUPS; ++g) group(g, word);
     w += GROUPS * Pairs::BYTES;
     x += GROUPS * 4 * WIDTH;
   }
   if (groups > 0) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(w) + lane;
     w += LANES * 4;
-    for (int64_t g = 0; g < groups; ++g)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r += 4) {
-        F first, second;
-        Pairs::quads(w + g * Pairs::BYTES, lane + r, first, second);
-        const float* inputs = x + g * 4 * WIDTH;
-        step(splat<0>(first), splat<0>(second), inputs, r, words[r] >> (4 * g));
-        step(splat<1>(first), splat<1>(second), inputs, r + 1, words[r + 1] >> (4 * g));
-        step(splat<2>(first), splat<2>(second), inputs, r + 2, words[r + 2] >> (4 * g));
-        step(splat<3>(first), splat<3>(second), inputs, r + 3, words[r + 3] >> (4 * g));
-      }
+    for (int64_t g = 0; g < groups; ++g) group(g, words);
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) store(y + r * WIDTH + v * LANES, pass.relu ? max(zero(), sum[r][v]) : sum[r][v]);
