@@ -15,11 +15,25 @@ from typing import NamedTuple
 
 import torch
 
-from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
+from k24.envs.base import EnvSpec, Observation, Outcome, SingleEnv, Step, TeamEnv, View
 from k24.envs.check import check_env
 from k24.errors import UsageError, unknown_name
 
-__all__ = ["SUITES", "EnvSpec", "Observation", "Step", "Suite", "TaskRow", "TeamEnv", "check_env", "list_tasks", "make_env"]
+__all__ = [
+    "SUITES",
+    "EnvSpec",
+    "Observation",
+    "Outcome",
+    "SingleEnv",
+    "Step",
+    "Suite",
+    "TaskRow",
+    "TeamEnv",
+    "View",
+    "check_env",
+    "list_tasks",
+    "make_env",
+]
 
 
 class Suite(NamedTuple):

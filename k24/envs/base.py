@@ -1,7 +1,10 @@
-"""One protocol for batched team environments.
+"""One protocol for batched team environments, and one for single ones.
 
 Shapes, everywhere in k24: ``A`` agents, ``E`` parallel environments, ``D`` observation features, ``S`` state features, ``U`` actions.
 All tensors of one environment live on one device.
+
+``TeamEnv`` is what learners see: a whole batch as tensors. A simulator that steps one environment at a time is written as a ``SingleEnv``, in
+numpy and without any bookkeeping; ``k24.envs.copies`` runs many of them, in worker processes, and makes a ``TeamEnv`` of them.
 
 The contract is small, and chosen so that no learner needs a special case:
 
@@ -13,13 +16,18 @@ The contract is small, and chosen so that no learner needs a special case:
 * Rewards are per agent. What a learner makes of them (a team sum, say) is the learner's choice.
 * ``reset(seed)`` starts every environment anew, and the same seed gives the same episodes bit for bit. Environments keep their random
   numbers to themselves: they neither read nor disturb torch's, numpy's or Python's global generators.
+* An agent that is not ``alive`` sees zeros, and nothing it does matters. It counts for nothing in learning.
+* Continuous actions lie in [-1, 1] in every environment; adapters stretch them to what the simulator wants.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +40,12 @@ class EnvSpec:
         n_agents: Agents in the team (A).
         obs_dim: Features of one agent's observation (D); shorter observations are padded with zeros.
         state_dim: Features of the global state (S), for centralised critics and mixers.
-        n_actions: Discrete actions per agent (U); agents with fewer have the rest unavailable.
+        n_actions: Discrete actions per agent (U); agents with fewer have the rest unavailable. Where ``continuous``, the numbers that make
+            up one agent's action; agents with fewer ignore the rest.
         episode_limit: The most steps an episode can take.
+        continuous: Whether actions are vectors of U numbers in [-1, 1].
+        unit_types: ``(start, stop)`` of the observation features that say one-hot which type of unit an agent is, where it has types that
+            differ between episodes; all zero for a dead one. None where there is no such thing.
     """
 
     n_agents: int
@@ -41,6 +53,8 @@ class EnvSpec:
     state_dim: int
     n_actions: int
     episode_limit: int
+    continuous: bool = False
+    unit_types: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,14 @@ class Observation:
         obs: float32 ``[A, E, D]``.
         state: float32 ``[E, S]``.
         avail: bool ``[A, E, U]``, the actions each agent may take, at least one; None when all of them always are. An environment
-            gives it in every observation or in none.
+            gives it in every observation or in none; never where actions are continuous.
+        alive: bool ``[A, E]``, which agents are there; None when all of them always are. Given always or never, too.
     """
 
     obs: Tensor
     state: Tensor
     avail: Tensor | None = None
+    alive: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,7 @@ class Step:
         reward: float32 ``[A, E]``.
         terminated: bool ``[E]``, the task ended.
         truncated: bool ``[E]``, a time limit cut the episode, at ``EnvSpec.episode_limit`` steps. Never where ``terminated`` is.
+        won: bool ``[E]``, episodes that just ended in victory, where the task knows such a thing; else None, always.
     """
 
     after: Observation
@@ -76,6 +93,7 @@ class Step:
     reward: Tensor
     terminated: Tensor
     truncated: Tensor
+    won: Tensor | None = None
 
 
 class TeamEnv(ABC):
@@ -85,11 +103,15 @@ class TeamEnv(ABC):
         spec: Sizes and limits.
         n_envs: Parallel environments (E).
         device: Where all tensors live.
+        sides: The side of each agent, where several play against each other (``("adversary", "adversary", "good")``); else None.
+        restarts: How often a part of the environment broke down and was started again.
     """
 
     spec: EnvSpec
     n_envs: int
     device: torch.device
+    sides: tuple[str, ...] | None = None
+    restarts: int = 0
 
     @abstractmethod
     def reset(self, seed: int) -> Observation:
@@ -97,11 +119,74 @@ class TeamEnv(ABC):
 
     @abstractmethod
     def step(self, actions: Tensor) -> Step:
-        """Takes one joint action, int64 ``[A, E]``."""
+        """Takes one joint action, int64 ``[A, E]``, or float32 ``[A, E, U]`` where ``spec.continuous``."""
 
     def close(self) -> None:
         """Frees what the environment holds. May be called more than once."""
 
     def render(self) -> Tensor | None:
         """A picture of environment 0, uint8 ``[height, width, 3]``; None where there is none."""
+        return None
+
+
+class View(NamedTuple):
+    """What the team sees in a single environment.
+
+    Attributes:
+        obs: One vector per agent, in the agents' order, or ``[A, D]``; shorter ones are padded with zeros. Kept no longer than the next call.
+        state: ``[S]``; None for all observations side by side, without padding.
+        avail: bool ``[A, U]``; None where every action always is available.
+        alive: bool ``[A]``; None where all agents always are there.
+    """
+
+    obs: Sequence[np.ndarray] | np.ndarray
+    state: np.ndarray | None = None
+    avail: np.ndarray | None = None
+    alive: np.ndarray | None = None
+
+
+class Outcome(NamedTuple):
+    """What one step led to in a single environment.
+
+    Attributes:
+        view: What followed, also at the end of an episode.
+        reward: ``[A]``.
+        terminated: The task ended.
+        truncated: The simulator cut the episode; its caller also does so at ``EnvSpec.episode_limit``.
+        won: Whether an episode that ended here was won; None where the task knows no victory.
+    """
+
+    view: View
+    reward: Sequence[float] | np.ndarray
+    terminated: bool
+    truncated: bool = False
+    won: bool | None = None
+
+
+class SingleEnv(ABC):
+    """One environment of one team, in numpy. It begins no episode unless asked to.
+
+    Every episode starts by ``reset(seed)``, and its seed and the actions say all that happens in it: after a breakdown it is played again.
+
+    Attributes:
+        spec: Sizes and limits.
+        sides: As for ``TeamEnv``.
+    """
+
+    spec: EnvSpec
+    sides: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def reset(self, seed: int) -> View:
+        """Starts an episode; the same seed (below 2**32) repeats it."""
+
+    @abstractmethod
+    def step(self, actions: np.ndarray) -> Outcome:
+        """Takes one joint action, int64 ``[A]``, or float32 ``[A, U]`` where ``spec.continuous``."""
+
+    def close(self) -> None:
+        """Frees what it holds. May be called more than once."""
+
+    def render(self) -> np.ndarray | None:
+        """A picture, uint8 ``[height, width, 3]``; None where there is none."""
         return None
