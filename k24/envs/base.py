@@ -3,7 +3,7 @@
 Shapes, everywhere in k24: ``A`` agents, ``E`` parallel environments, ``D`` observation features, ``S`` state features, ``U`` actions.
 All tensors of one environment live on one device.
 
-``TeamEnv`` is what learners see: a whole batch as tensors. A simulator that steps one environment at a time is written as a ``SingleEnv``, in
+``TeamEnv`` is what learners see: a whole batch as tensors. A simulator of one environment at a time is written as a ``SingleEnv``, in
 numpy and without any bookkeeping; ``k24.envs.copies`` runs many of them, in worker processes, and makes a ``TeamEnv`` of them.
 
 The contract is small, and chosen so that no learner needs a special case:
@@ -133,7 +133,7 @@ class View(NamedTuple):
     """What the team sees in a single environment.
 
     Attributes:
-        obs: One vector per agent, in the agents' order, or ``[A, D]``; shorter ones are padded with zeros. Kept no longer than the next call.
+        obs: One vector per agent, or ``[A, D]``; shorter ones are padded with zeros. May be overwritten by the next call.
         state: ``[S]``; None for all observations side by side, without padding.
         avail: bool ``[A, U]``; None where every action always is available.
         alive: bool ``[A]``; None where all agents always are there.
