@@ -7,13 +7,16 @@ rows at once, and just the GRU's recurrent product loops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from k24.errors import UsageError
 from k24.sharing.base import Sharing
 from k24.sparse.gru import gru_sequence
+from k24.sparse.layers import MaskedLinear
 from k24.sparse.slots import Phase, SlotWeights, apply_slots
 
 Weights = list[SlotWeights]
@@ -44,6 +47,7 @@ class AgentNet(nn.Module):
     def __init__(self, obs_dim: int, n_outputs: int, hidden: int, n_agents: int, sharing: Sharing, agent_id: bool | None = None) -> None:
         super().__init__()
         self.n_agents, self.hidden, self.obs_dim, self.n_outputs = n_agents, hidden, obs_dim, n_outputs
+        self.n_slots = sharing.n_slots
         self.agent_id = sharing.agent_id if agent_id is None else agent_id
         inputs = obs_dim + (n_agents if self.agent_id else 0)
         self.layers = nn.ModuleDict(
@@ -72,7 +76,14 @@ class AgentNet(nn.Module):
         return detach_weights(self.materialise(phase))
 
     def forward(
-        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None = None, observe: bool = False
+        self,
+        weights: Sequence[SlotWeights],
+        obs: Tensor,
+        h: Tensor,
+        valid: Tensor | None = None,
+        observe: bool = False,
+        slots: Tensor | None = None,
+        alive: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs a sequence.
 
@@ -82,32 +93,138 @@ class AgentNet(nn.Module):
             h: ``[A, N, H]``.
             valid: bool ``[T, N]``, steps that belong to an episode; None for all.
             observe: Let the layers take note of their inputs (the learner's online pass, and nothing else).
+            slots: int64 ``[A, T, N]``, whose weights each row uses; the agent's index when None. Negative for a row of none: its
+                output and its hidden state are zero.
+            alive: bool ``[A, T, N]``, rows that count, where slots are the agents' indices; None for all. The others' outputs are zero.
 
         Returns:
             Outputs ``[A, T, N, U]`` and the last hidden state.
         """
-        fc1, gru_x, gru_h, fc2, fc3, fc4 = weights
         a, t, n, _ = obs.shape
         if self.agent_id:
             ids = self._ids[:, None, None].expand(a, t, n, a)  # type: ignore[index]
             obs = torch.cat([obs, ids], -1)
-        rows = None if valid is None else valid.reshape(1, t * n)
-        noted = {name: layer for name, layer in self.layers.items() if hasattr(layer, "observe")} if observe else {}
+        noted = {name: layer for name, layer in self.layers.items() if isinstance(layer, MaskedLinear)} if observe else {}
+        if slots is not None and (noted or any(max(len(w.weight), len(w.bias)) > 1 for w in weights)):
+            return self._forward_slots(weights, obs, h, valid, noted, slots)
+        # One set of weights for all slots needs no sorting.
+        alive = alive if slots is None else slots >= 0
+        rows = valid if alive is None else alive if valid is None else alive & valid
+        rows = None if rows is None else rows.reshape(-1, t * n)
 
-        def linear(name: str, x: Tensor, made: SlotWeights) -> Tensor:
-            if observe and name in noted:
-                noted[name].observe(x.detach(), rows)  # type: ignore[operator]
-            return apply_slots(x, made.weight, made.bias)
+        out, states = _run(weights, obs, h, {name: partial(layer.observe, valid=rows) for name, layer in noted.items()})
+        last = states[:, -1]
+        if alive is not None:
+            out = out * alive[..., None]
+        return out, last if slots is None else last * (slots[:, -1] >= 0)[..., None]
 
-        x = linear("fc1", obs.reshape(a, t * n, -1), fc1).relu_()
-        gates = linear("gru_input", x, gru_x).view(a, t, n, -1)
-        states = run_gru(gates, h, gru_h)
-        if observe and "gru_recurrent" in noted:
-            before = torch.cat([h[:, None], states[:, :-1]], 1).detach()
-            noted["gru_recurrent"].observe(before.reshape(a, t * n, -1), rows)  # type: ignore[operator]
-        x = linear("fc2", states.reshape(a, t * n, -1), fc2).relu_()
-        x = linear("fc3", x, fc3).relu_()
-        return linear("fc4", x, fc4).view(a, t, n, -1), states[:, -1]
+    def compare(self, weights: Sequence[SlotWeights], obs: Tensor) -> Tensor:
+        """Asks every slot about the same observations, each at the start of an episode.
+
+        Args:
+            weights: From :meth:`snapshot`.
+            obs: ``[N, D]``.
+
+        Returns:
+            ``[slots, N, U]``. Slot k says it is agent k, counted round where there are more slots than agents.
+        """
+        x = obs.expand(self.n_slots, 1, -1, -1)
+        if self.agent_id:
+            ids = self._ids[torch.arange(self.n_slots) % self.n_agents]  # type: ignore[index]
+            x = torch.cat([x, ids[:, None, None].expand(-1, 1, len(obs), -1)], -1)
+        return _run(weights, x, x.new_zeros(self.n_slots, len(obs), self.hidden), {})[0][:, 0]
+
+    def _forward_slots(
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences sorted by slot, one run of the net for each slot that has any."""
+        a, t, n, width = obs.shape
+        alive = slots >= 0
+        own = slots.amax(1)  # each sequence's slot, where it has but one
+        if t > 1 and bool(((slots != own[:, None]) & alive).any() | (alive[:, 1:] & ~alive[:, :-1]).any()):
+            return self._forward_steps(weights, obs, h, valid, noted, slots)
+        own = own.flatten()
+        if bool((own >= self.n_slots).any()):
+            raise UsageError(f"slot {int(own.max())} does not exist: this net has the slots 0 to {self.n_slots - 1}")
+        # Row (a, t, n) is number (a·T + t)·N + n of the flattened input, and a sequence (a, n) starts at t = 0.
+        starts = (torch.arange(a, device=obs.device)[:, None] * (t * n) + torch.arange(n, device=obs.device)).flatten()
+        steps = torch.arange(t, device=obs.device)[:, None] * n
+        flat, flat_h = obs.reshape(a * t * n, width), h.reshape(a * n, -1)
+        counted = alive if valid is None else alive & valid
+        flat_counted = counted.reshape(-1)
+        segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
+        outputs, lasts, rows, sequences = [], [], [], []
+        for slot, made in enumerate(_by_slot(weights, self.n_slots)):
+            mine = (own == slot).nonzero().flatten()
+            if not len(mine):
+                continue
+            at = (starts[mine] + steps).flatten()
+            x = flat.index_select(0, at).view(1, t, len(mine), width)
+            watch = {name: partial(_keep, segments[name], slot, flat_counted.index_select(0, at)) for name in noted}
+            out, states = _run(made, x, flat_h.index_select(0, mine)[None], watch)
+            outputs.append(out.reshape(len(at), -1))
+            lasts.append(states[0, -1])
+            rows.append(at)
+            sequences.append(mine)
+        for name, layer in noted.items():
+            layer.observe_segments(segments[name])
+        out = obs.new_zeros(a * t * n, self.n_outputs)
+        last = torch.zeros_like(flat_h)
+        if outputs:
+            out = out.index_copy(0, torch.cat(rows), torch.cat(outputs))
+            last = last.index_copy(0, torch.cat(sequences), torch.cat(lasts))
+        return out.view(a, t, n, -1) * alive[..., None], last.view(a, n, -1) * alive[:, -1, :, None]
+
+    def _forward_steps(
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One step after the other: for sequences whose slot changes on the way, or whose unit comes back."""
+        outputs = []
+        for t in range(obs.shape[1]):
+            now = slice(t, t + 1)
+            out, h = self._forward_slots(weights, obs[:, now], h, None if valid is None else valid[now], noted, slots[:, now])
+            outputs.append(out)
+        return torch.cat(outputs, 1), h
+
+
+def _by_slot(weights: Sequence[SlotWeights], n_slots: int) -> list[Weights]:
+    """Each slot's weights, ``[1, O, I]``, cut up in one go: autograd then puts their gradients together once and not once per slot."""
+    cut = [(w.weight.split(1), w.bias.split(1)) for w in weights]
+    return [[SlotWeights(w[min(s, len(w) - 1)], b[min(s, len(b) - 1)]) for w, b in cut] for s in range(n_slots)]
+
+
+def _keep(segments: list[tuple[int, Tensor, Tensor]], slot: int, valid: Tensor, x: Tensor) -> None:
+    segments.append((slot, x[0], valid))
+
+
+def _run(weights: Sequence[SlotWeights], x: Tensor, h: Tensor, watch: Mapping[str, Callable[[Tensor], None]]) -> tuple[Tensor, Tensor]:
+    """The layers in order, over one block of rows per slot.
+
+    Args:
+        weights: One per layer.
+        x: Inputs ``[A, T, N, I]``.
+        h: ``[A, N, H]``.
+        watch: By name, who is shown a layer's inputs ``[A, T·N, I]``.
+
+    Returns:
+        Outputs ``[A, T, N, U]`` and all hidden states ``[A, T, N, H]``.
+    """
+    fc1, gru_x, gru_h, fc2, fc3, fc4 = weights
+    a, t, n, _ = x.shape
+
+    def linear(name: str, x: Tensor, made: SlotWeights) -> Tensor:
+        if name in watch:
+            watch[name](x.detach())
+        return apply_slots(x, made.weight, made.bias)
+
+    x = linear("fc1", x.reshape(a, t * n, -1), fc1).relu_()
+    gates = linear("gru_input", x, gru_x).view(a, t, n, -1)
+    states = run_gru(gates, h, gru_h)
+    if "gru_recurrent" in watch:
+        watch["gru_recurrent"](torch.cat([h[:, None], states[:, :-1]], 1).detach().reshape(a, t * n, -1))
+    x = linear("fc2", states.reshape(a, t * n, -1), fc2).relu_()
+    x = linear("fc3", x, fc3).relu_()
+    return linear("fc4", x, fc4).view(a, t, n, -1), states
 
 
 def run_gru(gates: Tensor, h: Tensor, made: SlotWeights) -> Tensor:

@@ -31,16 +31,26 @@ def marked(names: list[int], avail: bool = False) -> Episodes:
     batch.actions += numbers
     batch.reward += numbers
     batch.terminated |= numbers % 2 == 0
-    batch.valid |= numbers % 3 == 0
+    batch.valid |= torch.arange(SPEC.episode_limit)[:, None] <= numbers % SPEC.episode_limit
     if batch.avail is not None:
         batch.avail &= (numbers % 2 == 1)[:, None]
     return batch
 
 
 def numbers_of(batch: Episodes) -> list[int]:
-    """The episodes' numbers; every field must agree on them."""
+    """The episodes' numbers; every field must agree on them, cut to the longest."""
     names = batch.actions[0, 0].tolist()
     again = marked(names, batch.avail is not None)
+    longest = max(name % SPEC.episode_limit + 1 for name in names)
+    again = Episodes(
+        again.obs[:, : longest + 1],
+        again.state[: longest + 1],
+        None if again.avail is None else again.avail[:, : longest + 1],
+        again.actions[:, :longest],
+        again.reward[:, :longest],
+        again.terminated[:longest],
+        again.valid[:longest],
+    )
     for field in fields(Episodes):
         mine, expected = getattr(batch, field.name), getattr(again, field.name)
         assert (mine is None) == (expected is None)

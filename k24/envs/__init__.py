@@ -1,9 +1,11 @@
 """Environments behind one protocol, made by name.
 
 ``make_env("mpe/simple_spread", 32)`` imports the one module that the task needs; ``import k24.envs`` imports no simulator. A suite
-is a module with a table ``TASKS`` (task -> what it is about) and a function ``make(task, n_envs, device, **kwargs)``; neither may need the
-simulator to be installed before ``make`` is called. To add one, write such a module and name it in ``SUITES``; to run an
-environment of your own without that, subclass ``TeamEnv`` and try it with ``check_env``.
+is a module with a table ``TASKS`` (task -> what it is about) and one of two functions: ``make(task, n_envs, device, **kwargs)`` where the
+simulator steps whole batches, ``make_one(task, **kwargs)`` where it is a ``SingleEnv``, of which ``Copies`` runs many. Neither may need the
+simulator to be installed before it is called. A module may also have ``accepts(task)``, for names beyond its table, and
+``missing()``, which says what else a machine lacks. To add a suite, write such a module and name it in ``SUITES``; an environment of your
+own needs none of that: ``make_env("my_package.my_env:make", 32)``, see ``k24.envs.own``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Suite(NamedTuple):
     Attributes:
         module: The adapter's module path.
         package: The package it needs beyond k24's own; None where there is none.
-        extra: The extra of k24 that installs it, as in ``pip install 'k24[vmas]'``.
+        extra: The extra of k24 that installs it, as in ``pip install 'k24[vmas]'``; None where pip alone can't.
         about: One line for people.
     """
 
@@ -54,9 +56,15 @@ class Suite(NamedTuple):
 
 SUITES = {
     "toy": Suite("k24.envs.toy", None, None, "games of a few steps with a known best return, to test learners"),
-    "mpe": Suite("k24.envs.vmas", "vmas", "mpe", "multi-agent particle environments, simulated in batches by VMAS"),
+    "mpe": Suite("k24.envs.vmas", "vmas", "vmas", "multi-agent particle environments, simulated in batches by VMAS"),
     "vmas": Suite("k24.envs.vmas", "vmas", "vmas", "VMAS's own scenarios, and blind particle spread"),
     "mpe2": Suite("k24.envs.mpe2", "mpe2", "mpe", "Farama's multi-agent particle environments, the reference; slower"),
+    "pettingzoo": Suite("k24.envs.pettingzoo", "pettingzoo", "pettingzoo", "any PettingZoo parallel environment, by its import path"),
+    "lbf": Suite("k24.envs.foraging", "lbforaging", "lbf", "level-based foraging"),
+    "rware": Suite("k24.envs.foraging", "rware", "rware", "robotic warehouse"),
+    "smax": Suite("k24.envs.smax", "jaxmarl", "smax", "StarCraft-like battles without StarCraft, simulated in batches by JaxMARL"),
+    "smacv2": Suite("k24.envs.smacv2", "smacv2", None, "StarCraft II battles; needs the game"),
+    "mamujoco": Suite("k24.envs.mamujoco", "gymnasium_robotics", "mamujoco", "MuJoCo's bodies, their joints shared out among agents; continuous"),
 }
 
 
@@ -76,43 +84,44 @@ class TaskRow(NamedTuple):
     how: str
 
 
-def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", **kwargs: object) -> TeamEnv:
+def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", workers: int | None = None, **kwargs: object) -> TeamEnv:
     """Makes a batch of environments by name.
 
     Args:
-        task: ``suite/name``, e.g. ``"mpe/simple_spread"``; see ``list_tasks``.
+        task: ``suite/name``, e.g. ``"mpe/simple_spread"``, see ``list_tasks``; or ``"package.module:make"``, see ``k24.envs.own``.
         n_envs: Parallel environments (E).
         device: Where tensors live.
+        workers: Processes of a simulator that steps one environment at a time; one per core when None, 0 for none but this.
         **kwargs: Options of the task, e.g. ``n_agents``; ``max_steps`` sets the episode limit of every simulated one.
 
     Raises:
         UsageError: An unknown task or option, a size that makes no sense, or a package that is not installed.
     """
-    suite_name, slash, _ = task.partition("/")
-    if not slash:
-        raise unknown_name("task", task, [row.task for row in list_tasks()])
-    if suite_name not in SUITES:
-        raise unknown_name("environment suite", suite_name, SUITES)
-    suite = SUITES[suite_name]
-    module = importlib.import_module(suite.module)
-    tasks = _tasks_of(suite_name, module)
-    if task not in tasks:
-        raise unknown_name("task", task, tasks)
+    suite, module = _find(task)
     if not isinstance(n_envs, int) or n_envs < 1:
         raise UsageError(f"{task}: n_envs must be a whole number of at least 1, got {n_envs!r}")
+    if workers is not None and (not isinstance(workers, int) or workers < 0):
+        raise UsageError(f"{task}: workers must be a whole number of at least 0, got {workers!r}")
     max_steps = kwargs.get("max_steps")
     if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
         raise UsageError(f"{task}: max_steps must be a whole number of at least 1, got {max_steps!r}")
-    if not _installed(suite):
-        raise UsageError(f"{task} needs the package {suite.package!r}, which is not installed: {_install(suite)}")
+    lacking = _lacking(suite, module)
+    if lacking is not None:
+        raise UsageError(f"{task} {lacking}")
     try:
         where = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"{task}: unknown device {device!r}: expected cpu, cuda or cuda:<index>") from error
     try:
+        if suite is _OWN and module.is_batched(module.load(task)):
+            return module.make(task, n_envs, where, **kwargs)
+        if hasattr(module, "make_one"):
+            from k24.envs.copies import Copies
+
+            return Copies(suite.module, task, kwargs, n_envs, where, workers)
         return module.make(task, n_envs, where, **kwargs)
     except ImportError as error:
-        raise UsageError(f"{task} needs the package {suite.package!r}, which does not import ({error}): {_install(suite)}") from error
+        raise UsageError(f"{task} needs the package {suite.package!r}, which does not import ({error}): {_how(suite, module)}") from error
     except UsageError:
         raise
     except (AssertionError, LookupError, TypeError, ValueError) as error:
@@ -127,10 +136,31 @@ def list_tasks() -> list[TaskRow]:
     """Lists every task of every suite, installed or not."""
     rows = []
     for name, suite in SUITES.items():
-        available = _installed(suite)
-        for task in _tasks_of(name, importlib.import_module(suite.module)):
-            rows.append(TaskRow(task, name, available, f"k24 train {task}" if available else _install(suite)))
+        module = importlib.import_module(suite.module)
+        available = _lacking(suite, module) is None
+        for task in _tasks_of(name, module):
+            rows.append(TaskRow(task, name, available, f"k24 train {task}" if available else _how(suite, module)))
     return rows
+
+
+def _find(task: str) -> tuple[Suite, ModuleType]:
+    """The suite of a task and its module."""
+    suite_name, slash, _ = task.partition("/")
+    if not slash:
+        if ":" in task:
+            return _OWN, importlib.import_module(_OWN.module)
+        raise unknown_name("task", task, [row.task for row in list_tasks()])
+    if suite_name not in SUITES:
+        raise unknown_name("environment suite", suite_name, SUITES)
+    suite = SUITES[suite_name]
+    module = importlib.import_module(suite.module)
+    tasks = _tasks_of(suite_name, module)
+    if task not in tasks and not (hasattr(module, "accepts") and module.accepts(task)):
+        raise unknown_name("task", task, tasks)
+    return suite, module
+
+
+_OWN = Suite("k24.envs.own", None, None, "an environment of the user's")
 
 
 def _tasks_of(suite_name: str, module: ModuleType) -> list[str]:
@@ -138,9 +168,13 @@ def _tasks_of(suite_name: str, module: ModuleType) -> list[str]:
     return [task for task in module.TASKS if task.startswith(f"{suite_name}/")]
 
 
-def _installed(suite: Suite) -> bool:
-    return suite.package is None or importlib.util.find_spec(suite.package) is not None
+def _lacking(suite: Suite, module: ModuleType) -> str | None:
+    """What keeps a suite from running here, to stand after a task's name; None where nothing does."""
+    if suite.package is not None and importlib.util.find_spec(suite.package) is None:
+        return f"needs the package {suite.package!r}, which is not installed: {_how(suite, module)}"
+    return f"can't run here: {module.missing()}" if hasattr(module, "missing") and module.missing() else None
 
 
-def _install(suite: Suite) -> str:
-    return f"pip install 'k24[{suite.extra}]'"
+def _how(suite: Suite, module: ModuleType) -> str:
+    """How to get what a suite lacks."""
+    return f"pip install 'k24[{suite.extra}]'" if suite.extra is not None else module.missing()

@@ -29,19 +29,28 @@ def require_actions(env: TeamEnv, actions: Tensor) -> None:
 
     Args:
         env: The environment.
-        actions: What was given to ``step``; expected int64 ``[A, E]``, each from 0 to U - 1. Values are looked at on CPU only, for
-            elsewhere that would wait for the device.
+        actions: What was given to ``step``; expected int64 ``[A, E]``, each from 0 to U - 1, or float32 ``[A, E, U]`` in [-1, 1] where the
+            environment is continuous. Values are looked at on CPU only, for elsewhere that would wait for the device.
 
     Raises:
         RunError: Another shape, type or range.
     """
     spec = env.spec
-    if actions.shape != (spec.n_agents, env.n_envs) or actions.dtype != torch.int64:
-        raise RunError(f"step: actions must be int64 [{spec.n_agents}, {env.n_envs}], got {_kind(actions)}")
+    shape, dtype = action_shape(spec, env.n_envs)
+    if actions.shape != shape or actions.dtype != dtype:
+        raise RunError(f"step: actions must be {str(dtype)[6:]} {list(shape)}, got {_kind(actions)}")
     if actions.device.type == "cpu":
-        low, high = (int(bound) for bound in torch.aminmax(actions))
-        if low < 0 or high >= spec.n_actions:
-            raise RunError(f"step: actions must be from 0 to {spec.n_actions - 1}, got {low} to {high}")
+        low, high = (bound.item() for bound in torch.aminmax(actions))
+        least, most = (-1, 1) if spec.continuous else (0, spec.n_actions - 1)
+        if not (low >= least and high <= most):  # NaN compares false
+            raise RunError(f"step: actions must be from {least} to {most}, got {low:g} to {high:g}")
+
+
+def action_shape(spec: EnvSpec, n_envs: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of a joint action of ``n_envs`` environments."""
+    if spec.continuous:
+        return (spec.n_agents, n_envs, spec.n_actions), torch.float32
+    return (spec.n_agents, n_envs), torch.int64
 
 
 def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | None = None) -> list[str]:
@@ -112,8 +121,11 @@ def _play(env: TeamEnv, seed: int, steps: int) -> _Play:
         step = env.step(actions.clone())
         _same_globals(env, "step", before)
         _check_step(env, step)
-        if (step.after.avail is None) != (obs.avail is None) or (step.current.avail is None) != (obs.avail is None):
-            _fail(env, "step", "avail given always or never", "both")
+        for name in ("avail", "alive"):
+            if len({getattr(one, name) is None for one in (obs, step.after, step.current)}) > 1:
+                _fail(env, "step", f"{name} given always or never", "both")
+        if play.steps and (play.steps[-1].won is None) != (step.won is None):
+            _fail(env, "step", "won given always or never", "both")
         play.actions.append(actions)
         play.steps.append(_copy(step))
         handed.append((step, play.steps[-1]))
@@ -127,8 +139,10 @@ def _play(env: TeamEnv, seed: int, steps: int) -> _Play:
 
 
 def _choose(env: TeamEnv, obs: Observation, chooser: torch.Generator) -> Tensor:
-    """Random available actions, int64 ``[A, E]``."""
+    """Random available actions."""
     spec = env.spec
+    if spec.continuous:
+        return torch.rand(spec.n_agents, env.n_envs, spec.n_actions, generator=chooser).mul_(2).sub_(1).to(env.device)
     weight = torch.ones(spec.n_agents, env.n_envs, spec.n_actions) if obs.avail is None else obs.avail.cpu().float()
     return torch.multinomial(weight.flatten(0, 1), 1, generator=chooser).view(spec.n_agents, env.n_envs).to(env.device)
 
@@ -138,9 +152,15 @@ def _check_spec(env: TeamEnv) -> list[str]:
     spec = getattr(env, "spec", None)
     if not isinstance(spec, EnvSpec):
         _fail(env, "spec", "an EnvSpec", type(spec).__name__)
-    for name, value in {**vars(spec), "n_envs": getattr(env, "n_envs", None)}.items():
+    sizes = {name: getattr(spec, name) for name in ("n_agents", "obs_dim", "state_dim", "n_actions", "episode_limit")}
+    for name, value in {**sizes, "n_envs": getattr(env, "n_envs", None)}.items():
         if not isinstance(value, int) or value < 1:
             _fail(env, name, "a whole number of at least 1", repr(value))
+    types = spec.unit_types
+    if types is not None and not 0 <= types[0] < types[1] <= spec.obs_dim:
+        _fail(env, "spec", f"unit_types (start, stop) within the {spec.obs_dim} observation features", repr(types))
+    if env.sides is not None and len(env.sides) != spec.n_agents:
+        _fail(env, "sides", f"one for each of {spec.n_agents} agents", repr(env.sides))
     if not isinstance(getattr(env, "device", None), torch.device):
         _fail(env, "device", "a torch.device", repr(getattr(env, "device", None)))
     return ["spec"]
@@ -153,6 +173,20 @@ def _check_observation(env: TeamEnv, method: str, name: str, observation: Observ
         _fail(env, method, f"{name} to be an Observation", type(observation).__name__)
     _check_tensor(env, method, f"{name}.obs", observation.obs, (spec.n_agents, env.n_envs, spec.obs_dim), torch.float32)
     _check_tensor(env, method, f"{name}.state", observation.state, (env.n_envs, spec.state_dim), torch.float32)
+    if spec.continuous and observation.avail is not None:
+        _fail(env, method, f"{name}.avail to be None where actions are continuous", _kind(observation.avail))
+    if observation.alive is not None:
+        _check_tensor(env, method, f"{name}.alive", observation.alive, (spec.n_agents, env.n_envs), torch.bool)
+        haunting = ((observation.obs != 0).any(dim=-1) & ~observation.alive).nonzero().tolist()
+        if haunting:
+            got = f"others for agent {haunting[0][0]} in environment {haunting[0][1]}"
+            _fail(env, method, f"{name}.obs to be zeros for agents that are not alive", got)
+    if spec.unit_types is not None:
+        bits = observation.obs[..., slice(*spec.unit_types)]
+        mixed = (((bits != 0) & (bits != 1)).any(dim=-1) | (bits.sum(dim=-1) > 1)).nonzero().tolist()
+        if mixed:
+            got = f"{bits[tuple(mixed[0])].tolist()} for agent {mixed[0][0]} in environment {mixed[0][1]}"
+            _fail(env, method, f"features {list(spec.unit_types)} of {name}.obs to be one-hot, or zeros for a dead unit", got)
     if observation.avail is not None:
         _check_tensor(env, method, f"{name}.avail", observation.avail, (spec.n_agents, env.n_envs, spec.n_actions), torch.bool)
         stuck = (~observation.avail.any(dim=-1)).nonzero().tolist()
@@ -174,9 +208,14 @@ def _check_step(env: TeamEnv, step: Step) -> None:
     if both:
         _fail(env, "step", "terminated and truncated never both", f"both in environment {both[0]}; what ended of itself was not cut")
     ended = step.terminated | step.truncated
+    if step.won is not None:
+        _check_tensor(env, "step", "won", step.won, (env.n_envs,), torch.bool)
+        early = (step.won & ~ended).nonzero().flatten().tolist()
+        if early:
+            _fail(env, "step", "won only where an episode ended", f"it in environment {early[0]}, whose episode goes on")
     if not ended.any() and step.after is not step.current:
         _fail(env, "step", "after and current to be one object where no episode ended", "two")
-    for name in ("obs", "state", "avail"):
+    for name in ("obs", "state", "avail", "alive"):
         after, current = getattr(step.after, name), getattr(step.current, name)
         if after is not None and current is not None:
             moved = _differs(after, current, batch_dim=0 if name == "state" else 1) & ~ended

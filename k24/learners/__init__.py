@@ -16,7 +16,7 @@ from k24.learners.rollout import RandomActor, ValueActor, collect_episodes
 from k24.learners.value import ValueConfig, ValueLearner
 from k24.nets import AgentNet
 from k24.sharing.base import Sharing
-from k24.sparse.slots import Phase
+from k24.sparse.slots import Phase, SlotRule
 
 LEARNERS: dict[str, type[ValueLearner]] = {"iql": ValueLearner, "vdn": ValueLearner, "qmix": ValueLearner}
 
@@ -70,6 +70,7 @@ def make_learner(
     agent_id: bool | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    rule: SlotRule | None = None,
 ) -> Learner:
     """Builds a learner by name; arguments as for :class:`ValueLearner`.
 
@@ -78,7 +79,7 @@ def make_learner(
     """
     if algo not in LEARNERS:
         raise unknown_name("algorithm", algo, LEARNERS)
-    return LEARNERS[algo](algo, spec, sharing, config, hidden, agent_id, seed, device)
+    return LEARNERS[algo](algo, spec, sharing, config, hidden, agent_id, seed, device, rule)
 
 
 __all__ = [

@@ -27,6 +27,8 @@ class Episodes:
         reward: ``[A, T, B]``.
         terminated: bool ``[T, B]``.
         valid: bool ``[T, B]``, steps that were played; True up to an episode's last step.
+        alive: bool ``[A, T+1, B]``, or None where all agents always are.
+        won: bool ``[B]``, or None where the task knows no victory.
     """
 
     obs: Tensor
@@ -36,6 +38,8 @@ class Episodes:
     reward: Tensor
     terminated: Tensor
     valid: Tensor
+    alive: Tensor | None = None
+    won: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -52,8 +56,8 @@ class Episodes:
         return (self.reward.sum(0) * self.valid).sum(0)
 
     @classmethod
-    def empty(cls, spec: EnvSpec, count: int, device: torch.device, avail: bool) -> Episodes:
-        """Room for ``count`` episodes of an environment, filled with zeros."""
+    def empty(cls, spec: EnvSpec, count: int, device: torch.device, avail: bool, alive: bool = False, won: bool = False) -> Episodes:
+        """Room for ``count`` episodes of an environment, filled with zeros; says which of the optional fields there are."""
         a, t = spec.n_agents, spec.episode_limit
         return cls(
             obs=torch.zeros(a, t + 1, count, spec.obs_dim, device=device),
@@ -63,11 +67,14 @@ class Episodes:
             reward=torch.zeros(a, t, count, device=device),
             terminated=torch.zeros(t, count, dtype=torch.bool, device=device),
             valid=torch.zeros(t, count, dtype=torch.bool, device=device),
+            alive=torch.ones(a, t + 1, count, dtype=torch.bool, device=device) if alive else None,
+            won=torch.zeros(count, dtype=torch.bool, device=device) if won else None,
         )
 
 
-# Where the episode axis is, field by field.
-EPISODE_AXIS = {"obs": 2, "state": 1, "avail": 2, "actions": 2, "reward": 2, "terminated": 1, "valid": 1}
+# Where the episode axis is, field by field, and whether what it holds goes on one step past the last action. Time is the axis before it.
+EPISODE_AXIS = {"obs": 2, "state": 1, "avail": 2, "actions": 2, "reward": 2, "terminated": 1, "valid": 1, "alive": 2, "won": 0}
+_ONE_MORE = {"obs", "state", "avail", "alive"}
 
 
 class EpisodeReplay:
@@ -88,7 +95,7 @@ class EpisodeReplay:
     def add(self, episodes: Episodes) -> None:
         """Takes a batch, over the oldest where full."""
         if self._data is None:
-            self._data = Episodes.empty(self.spec, self.capacity, self.device, episodes.avail is not None)
+            self._data = self._empty(**{name: getattr(episodes, name) is not None for name in ("avail", "alive", "won")})
         index = (torch.arange(episodes.count, device=self.device) + self._next) % self.capacity
         for name, axis in EPISODE_AXIS.items():
             mine, new = getattr(self._data, name), getattr(episodes, name)
@@ -98,7 +105,7 @@ class EpisodeReplay:
         self.size = min(self.size + episodes.count, self.capacity)
 
     def sample(self, count: int, generator: torch.Generator) -> Episodes:
-        """Draws episodes.
+        """Draws episodes, cut to the longest of them.
 
         Args:
             count: Episodes wanted, at most ``size``.
@@ -106,9 +113,19 @@ class EpisodeReplay:
         """
         assert self._data is not None
         index = torch.randperm(self.size, generator=generator, device=generator.device)[:count].to(self.device)
-        picked = {f.name: getattr(self._data, f.name) for f in fields(Episodes)}
-        chosen: Any = {k: None if v is None else v.index_select(EPISODE_AXIS[k], index) for k, v in picked.items()}
+        # Steps past the end of the longest episode drawn are not worth the copy, nor what the learner would do with them.
+        longest = int(self._data.valid.index_select(1, index).any(1).sum())
+        chosen: Any = {}
+        for field in fields(Episodes):
+            name, data = field.name, getattr(self._data, field.name)
+            axis = EPISODE_AXIS[name]
+            if data is not None and axis > 0:
+                data = data.narrow(axis - 1, 0, longest + (name in _ONE_MORE))
+            chosen[name] = None if data is None else data.index_select(axis, index)
         return Episodes(**chosen)
+
+    def _empty(self, avail: bool, alive: bool, won: bool) -> Episodes:
+        return Episodes.empty(self.spec, self.capacity, self.device, avail, alive, won)
 
     def state_dict(self) -> dict:
         """The filled part, and where the next episode goes."""
@@ -121,7 +138,7 @@ class EpisodeReplay:
         self.size, self._next = int(state["size"]), int(state["next"])
         if not state["data"]:
             return
-        self._data = Episodes.empty(self.spec, self.capacity, self.device, state["data"]["avail"] is not None)
+        self._data = self._empty(**{name: state["data"][name] is not None for name in ("avail", "alive", "won")})
         for name, axis in EPISODE_AXIS.items():
             if state["data"][name] is not None:
                 getattr(self._data, name).narrow(axis, 0, self.size).copy_(state["data"][name])

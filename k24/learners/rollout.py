@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from k24.envs.base import Observation, TeamEnv
+from k24.envs.base import Observation, Step, TeamEnv
 from k24.errors import LAST_GOOD, RunError
 from k24.learners.replay import Episodes
 from k24.nets import AgentNet
-from k24.sparse.slots import SlotWeights
+from k24.sparse.slots import SlotRule, SlotWeights
 
 
 class ValueActor:
@@ -22,12 +22,18 @@ class ValueActor:
         weights: Effective weights, made once.
         epsilon: Chance of a random action instead, per agent and step.
         generator: Source of the random numbers; needed if epsilon is above 0.
+        rule: Which slot each row uses; the agent's index when None.
     """
 
     def __init__(
-        self, net: AgentNet, weights: Sequence[SlotWeights], epsilon: float = 0.0, generator: torch.Generator | None = None
+        self,
+        net: AgentNet,
+        weights: Sequence[SlotWeights],
+        epsilon: float = 0.0,
+        generator: torch.Generator | None = None,
+        rule: SlotRule | None = None,
     ) -> None:
-        self._net, self._weights, self._epsilon, self._generator = net, weights, epsilon, generator
+        self._net, self._weights, self._epsilon, self._generator, self._rule = net, weights, epsilon, generator, rule
         self._h: Tensor | None = None
 
     def reset(self, rows: int) -> None:
@@ -38,7 +44,9 @@ class ValueActor:
     def __call__(self, observation: Observation) -> Tensor:
         """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
         assert self._h is not None
-        q, self._h = self._net(self._weights, observation.obs[:, None], self._h)
+        obs, alive = observation.obs[:, None], observation.alive
+        slots, alive = slots_of(self._rule, obs, None if alive is None else alive[:, None])
+        q, self._h = self._net(self._weights, obs, self._h, slots=slots, alive=alive)
         q = q[:, 0]
         if observation.avail is not None:
             q = q.masked_fill(~observation.avail, -torch.inf)
@@ -66,6 +74,29 @@ class RandomActor:
     def __call__(self, observation: Observation) -> Tensor:
         """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
         return random_actions(observation, self._n_actions, self._generator)
+
+
+def slots_of(rule: SlotRule | None, obs: Tensor, alive: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What :class:`~k24.nets.AgentNet` is told of whose weights each row uses, and which rows count.
+
+    Args:
+        rule: Which slot each row uses; the agent's index when None.
+        obs: ``[A, T, N, D]``.
+        alive: bool ``[A, T, N]``, or None for all.
+
+    Returns:
+        ``slots`` and ``alive``, one of them None.
+
+    Raises:
+        RunError: The rule gave something else than one slot per row.
+    """
+    if rule is None or rule.of is None:
+        return None, alive
+    slots = rule.of(obs)
+    if not isinstance(slots, Tensor) or slots.shape != obs.shape[:-1] or slots.dtype != torch.int64:
+        got = f"{slots.dtype} {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
+        raise RunError(f"the slot rule must return int64 {list(obs.shape[:-1])} for observations {list(obs.shape)}, got {got}")
+    return (slots if alive is None else slots.where(alive, -1)), None
 
 
 def random_actions(observation: Observation, n_actions: int, generator: torch.Generator | None) -> Tensor:
@@ -97,16 +128,22 @@ def collect_episodes(env: TeamEnv, actor: ValueActor | RandomActor, seed: int) -
     """
     spec = env.spec
     now = env.reset(seed)
+    _check_shapes(env, now)
     actor.reset(env.n_envs)
-    batch = Episodes.empty(spec, env.n_envs, env.device, now.avail is not None)
+    batch = Episodes.empty(spec, env.n_envs, env.device, now.avail is not None, now.alive is not None)
     _record(batch, now, 0)
     running = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
     for t in range(spec.episode_limit):
         actions = actor(now)
         step = env.step(actions)
+        if t == 0:
+            _check_step(env, step)
+            batch.won = None if step.won is None else torch.zeros_like(running)
         batch.actions[:, t], batch.reward[:, t] = actions, step.reward
         batch.terminated[t] = step.terminated & running
         batch.valid[t] = running
+        if batch.won is not None and step.won is not None:
+            batch.won |= step.won & running
         # What an action led to is recorded before the reset; rows whose episode is over play on, and what they see is not valid.
         _record(batch, step.after, t + 1)
         now = step.current
@@ -117,14 +154,47 @@ def collect_episodes(env: TeamEnv, actor: ValueActor | RandomActor, seed: int) -
     return batch
 
 
+def _check_shapes(env: TeamEnv, seen: Observation) -> None:
+    """Says what is wrong with an environment before it is an error deep inside the net."""
+    spec, e = env.spec, env.n_envs
+    wanted: dict[str, tuple[int, ...]] = {
+        "obs": (spec.n_agents, e, spec.obs_dim),
+        "state": (e, spec.state_dim),
+        "avail": (spec.n_agents, e, spec.n_actions),
+        "alive": (spec.n_agents, e),
+    }
+    for name, shape in wanted.items():
+        _check_shape(name, getattr(seen, name), shape)
+
+
+def _check_step(env: TeamEnv, step: Step) -> None:
+    _check_shapes(env, step.after)
+    _check_shapes(env, step.current)
+    _check_shape("reward", step.reward, (env.spec.n_agents, env.n_envs))
+    for name in ("terminated", "truncated", "won"):
+        _check_shape(name, getattr(step, name), (env.n_envs,))
+    for name, value in (("obs", step.after.obs), ("state", step.after.state), ("reward", step.reward)):
+        _require_finite(name, value)
+
+
+def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is not None and tuple(value.shape) != shape:
+        raise RunError(f"the environment gave {name} {list(value.shape)}, its spec says {list(shape)}: check it with 'k24 check-env'")
+
+
+def _require_finite(name: str, values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise RunError(f"the environment gave a {name} that is NaN or infinite: check it with 'k24 check-env'; {LAST_GOOD}")
+
+
 def _record(batch: Episodes, seen: Observation, t: int) -> None:
     batch.obs[:, t], batch.state[t] = seen.obs, seen.state
     if batch.avail is not None and seen.avail is not None:
         batch.avail[:, t] = seen.avail
+    if batch.alive is not None and seen.alive is not None:
+        batch.alive[:, t] = seen.alive
 
 
 def _check_finite(batch: Episodes) -> None:
     for name in ("obs", "state", "reward"):
-        values = getattr(batch, name)
-        if not bool(torch.isfinite(values).all()):
-            raise RunError(f"the environment gave a {name} that is NaN or infinite: check it with 'k24 check-env'; {LAST_GOOD}")
+        _require_finite(name, getattr(batch, name))

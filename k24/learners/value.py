@@ -21,12 +21,12 @@ from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import LAST_GOOD, RunError, UsageError
 from k24.learners.mixers import make_mixer, track
 from k24.learners.replay import EpisodeReplay, Episodes
-from k24.learners.rollout import RandomActor, ValueActor, collect_episodes
+from k24.learners.rollout import RandomActor, ValueActor, collect_episodes, slots_of
 from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
 from k24.nets import AgentNet, Weights, detach_weights
 from k24.sharing.base import Events, Sharing
 from k24.sparse.dynamics import clear_moments, drop_state
-from k24.sparse.slots import Phase, SlotWeights
+from k24.sparse.slots import Phase, SlotRule, SlotWeights
 
 # Observations kept from the first episodes: on them policies are compared, with each other (SND) and with their past selves (KL).
 POOL = 256
@@ -136,6 +136,10 @@ class ValueLearner:
         agent_id: Append agent indices to observations; the scheme's preference when None.
         seed: Seed of initial weights and of all random numbers of the learner.
         device: Where it learns.
+        rule: Which slot of the scheme each row uses; the agent's index when None.
+
+    Raises:
+        UsageError: Actions are continuous, or the rule has another number of slots than the scheme.
     """
 
     def __init__(
@@ -148,7 +152,13 @@ class ValueLearner:
         agent_id: bool | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        rule: SlotRule | None = None,
     ) -> None:
+        if spec.continuous:
+            raise UsageError(f"{algo} chooses among discrete actions, and this task's are continuous: choose another task or learner")
+        self.rule = rule or SlotRule(spec.n_agents)
+        if self.rule.n_slots != sharing.n_slots:
+            raise UsageError(f"the slot rule has {self.rule.n_slots} slots and the sharing scheme {sharing.n_slots}: give both the same")
         self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or ValueConfig()
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
@@ -196,7 +206,9 @@ class ValueLearner:
         self._rewards.update(reward[_like(episodes.valid, reward)])
         self._owed += episodes.steps / c.env_steps_per_update
         if self._pool is None:
-            self._pool = episodes.obs[:, :-1].permute(1, 2, 0, 3)[episodes.valid].flatten(0, 1)[:POOL].clone()
+            played = episodes.valid.expand(self.spec.n_agents, -1, -1)
+            counted = played if episodes.alive is None else played & episodes.alive[:, :-1]
+            self._pool = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)][:POOL].clone()
         return episodes
 
     def actor(self, phase: Phase = "act", epsilon: float = 0.0) -> ValueActor:
@@ -204,8 +216,8 @@ class ValueLearner:
         if phase == "act":
             if self._acting is None:
                 self._acting = self.net.snapshot("act")
-            return ValueActor(self.net, self._acting, epsilon, self.generator)
-        return ValueActor(self.net, self.net.snapshot(phase), epsilon, self.generator)
+            return ValueActor(self.net, self._acting, epsilon, self.generator, self.rule)
+        return ValueActor(self.net, self.net.snapshot(phase), epsilon, self.generator, self.rule)
 
     def random_actor(self) -> RandomActor:
         """A policy that does not look."""
@@ -282,9 +294,12 @@ class ValueLearner:
         # An observation counts if a step was played there or led there.
         seen = None if whole else torch.cat([batch.valid[:1], batch.valid])
         h0 = self.net.initial_state(batch.count)
-        q, _ = self.net(weights, batch.obs, h0, seen, observe)
+        slots, alive = slots_of(self.rule, batch.obs, batch.alive)
+        if slots is not None and seen is not None:
+            slots = slots.where(seen, -1)  # what comes after an episode is another one, of other units
+        q, _ = self.net(weights, batch.obs, h0, seen, observe, slots, alive)
         with torch.no_grad():
-            q_target, _ = self.net(self._target, batch.obs, h0)
+            q_target, _ = self.net(self._target, batch.obs, h0, slots=slots, alive=alive)
             avail = None if batch.avail is None else batch.avail[:, 1:]
             v_tp1 = greedy_value((q if c.double_q else q_target)[:, 1:].detach(), q_target[:, 1:], avail)
             v_tp1 = self._mix(self._target_mixer, v_tp1, batch.state[1:])
@@ -299,7 +314,13 @@ class ValueLearner:
                 target = n_step_targets(reward, v_tp1, terminated, last, c.gamma, c.n_step)
         q_taken = q[:, :-1].gather(-1, batch.actions[..., None]).squeeze(-1)
         error = self._mix(self.mixer, q_taken, batch.state[:-1]) - target
-        return masked_mse(error, None if valid is None else _like(valid, error))
+        counted = None if valid is None else _like(valid, error)
+        present = alive if slots is None else slots >= 0
+        if self.mixer is None and present is not None:
+            # Without a mixer each agent has a loss of its own, and one that is not there has none.
+            here = present[:, :-1].permute(1, 2, 0)
+            counted = here if counted is None else counted & here
+        return masked_mse(error, counted)
 
     def _mix(self, mixer: nn.Module | None, values: Tensor, state: Tensor) -> Tensor:
         """``[A, T, B]`` to ``[T, B]``, or to ``[T, B, A]`` without a mixer."""
@@ -337,11 +358,10 @@ class ValueLearner:
 
     @torch.no_grad()
     def _policies(self, phase: Phase) -> Tensor:
-        """Softmax of the action values on the pool, each agent asked about every observation: ``[A, pool, U]``."""
+        """Softmax of the action values on the pool, each slot asked about every observation: ``[slots, pool, U]``."""
         assert self._pool is not None
-        obs = self._pool.expand(self.spec.n_agents, 1, -1, -1)
-        q, _ = self.net(self.net.snapshot(phase), obs, self.net.initial_state(obs.shape[2]))
-        return q[:, 0].softmax(-1)
+        q = self.net.compare(self.net.snapshot(phase), self._pool)
+        return q.softmax(-1)
 
     def _policy_kl(self) -> float | None:
         if not self.sharing.wants_policy_kl or self._pool is None or self.updates % self.config.target_update:
@@ -355,7 +375,7 @@ class ValueLearner:
     def metrics(self) -> dict[str, float]:
         """What to log, under public names."""
         metrics = self._logged | self.sharing.metrics() | {"updates": float(self.updates), "lr": self.optimiser.param_groups[0]["lr"]}
-        if self._pool is not None and self.spec.n_agents > 1:
+        if self._pool is not None and self.net.n_slots > 1:
             metrics["snd"] = system_neural_diversity(self._policies("deploy"))
         return metrics
 

@@ -38,9 +38,6 @@ class SlotLayer(nn.Module, ABC):
     def materialise(self, phase: Phase = "train") -> SlotWeights:
         """Effective weights, ``[A, O, I]`` or ``[1, O, I]``; with their gradient in the ``train`` phase."""
 
-    def observe(self, x: Tensor, valid: Tensor | None = None) -> None:
-        """Takes note of a training step's inputs ``[A, N, I]``; most layers do not care."""
-
 
 @dataclass
 class Events:

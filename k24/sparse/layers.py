@@ -14,6 +14,7 @@ Life of a mask, as with dropout or batch normalisation:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -301,6 +302,22 @@ class MaskedLinear(nn.Module):
         else:
             rows = valid.expand(x.shape[:2])
             self._take_in(torch.where(rows[..., None], size, 0.0).sum(1), rows.sum(1, keepdim=True))
+
+    @torch.no_grad()
+    def observe_segments(self, segments: Sequence[tuple[int, Tensor, Tensor]]) -> None:
+        """Updates the running input magnitude from rows that are sorted by slot.
+
+        Args:
+            segments: Slot, ``x [N, I]``, and ``valid`` bool ``[N]``, the rows that count; N differs from one to the next.
+        """
+        if not self._is_update_due():
+            return
+        total, count = torch.zeros_like(self.ema), self.ema.new_zeros(self.n_slots, 1)
+        for slot, x, valid in segments:
+            mine = slot if self.n_slots > 1 else 0
+            total[mine] += valid.to(x.dtype) @ self._size(x)
+            count[mine] += valid.sum()
+        self._take_in(total, count)
 
     def _is_update_due(self) -> bool:
         """Counts a training pass; every ``ema_every``-th one updates the running magnitude, until the freeze."""

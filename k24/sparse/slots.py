@@ -34,6 +34,31 @@ class SlotWeights(NamedTuple):
     extra: Tensor | None = None
 
 
+class SlotRule(NamedTuple):
+    """Which slot, and so which mask, each row uses.
+
+    Attributes:
+        n_slots: Slots (A).
+        of: Takes observations ``[agents, ..., D]`` and returns each row's slot, int64 ``[agents, ...]``, negative for a row of none. None where
+            the slot is the agent's index.
+        unit_types: The features that :func:`by_unit_type` reads; None for any other rule.
+    """
+
+    n_slots: int
+    of: Callable[[Tensor], Tensor] | None = None
+    unit_types: tuple[int, int] | None = None
+
+
+def by_unit_type(start: int, stop: int) -> SlotRule:
+    """One slot per unit type, read from the observation features ``start`` to ``stop`` that say it one-hot; all zero is a row of none."""
+
+    def of(obs: Tensor) -> Tensor:
+        most, slot = obs[..., start:stop].max(-1)
+        return torch.where(most > 0, slot, -1)
+
+    return SlotRule(stop - start, of, (start, stop))
+
+
 def apply_slots(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``y[a] = x[a] @ W[a].T + b[a]``.
 

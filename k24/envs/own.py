@@ -1,0 +1,83 @@
+"""Environments of the user's own: ``package.module:function``, found as Python finds modules, the current folder included.
+
+The function comes in two kinds. One that takes ``n_envs`` makes a whole batch: ``make(n_envs, device, **options) -> TeamEnv``. Any other
+makes one environment, ``make(**options)``, either a ``SingleEnv`` or a PettingZoo parallel environment; copies of it run in worker processes.
+Options are those given as ``--env-args name=value``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from k24.envs.base import SingleEnv, TeamEnv
+from k24.errors import UsageError, unknown_name
+
+TASKS: dict[str, str] = {}
+
+
+def load(path: str) -> Callable[..., Any]:
+    """Imports ``package.module:function``.
+
+    Raises:
+        UsageError: There is no such module or function, or the module does not import.
+    """
+    module_name, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")) or not name.isidentifier():
+        raise UsageError(f"{path!r} is no import path: expected package.module:function, for example my_package.my_env:make")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # an installed command has its own folder there, and not the user's
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # Whatever a user's module raises while it is imported. Its last frame says where.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, ModuleNotFoundError) else f", {place.filename}:{place.lineno}"
+        raise UsageError(f"{path}: the module {module_name!r} does not import ({type(error).__name__}: {error}{where})") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
+        raise UsageError(f"{module_name}: {unknown_name('function', name, public)}")
+    return function
+
+
+def is_batched(function: Callable[..., Any]) -> bool:
+    """Whether a user's function makes a whole batch."""
+    return "n_envs" in inspect.signature(function).parameters
+
+
+def make(task: str, n_envs: int, device: torch.device, **kwargs: object) -> TeamEnv:
+    """Makes a batch by a function that takes ``n_envs``.
+
+    Raises:
+        UsageError: It returned something else.
+    """
+    env = load(task)(n_envs=n_envs, device=device, **kwargs)
+    if not isinstance(env, TeamEnv):
+        raise UsageError(f"{task} takes n_envs, so it must return a k24.envs.TeamEnv, got {type(env).__name__}")
+    return env
+
+
+def make_one(task: str, **kwargs: object) -> SingleEnv:
+    """Makes one environment by a function that doesn't take ``n_envs``.
+
+    Raises:
+        UsageError: It returned something else.
+    """
+    env = load(task)(**kwargs)
+    if isinstance(env, SingleEnv):
+        return env
+    if hasattr(env, "possible_agents") and hasattr(env, "observation_space"):
+        from k24.envs.pettingzoo import ParallelTeam
+
+        return ParallelTeam(env)
+    raise UsageError(
+        f"{task} must return a k24.envs.SingleEnv or a PettingZoo parallel environment, got {type(env).__name__}; a function that makes a "
+        f"whole batch (k24.envs.TeamEnv) takes n_envs"
+    )
