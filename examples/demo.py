@@ -64,8 +64,8 @@ def demo(options: Options) -> None:
     config = TrainConfig(task=options.task, steps=options.steps, eval_every=max(options.steps // 15, 1))
     env = build_env(config, 64)
     fresh = build_learner(config, env)
-    random_return = float(play(fresh.random_actor(), env, EPISODES).mean())
-    before = float(play(fresh.actor("deploy"), env, EPISODES).mean())
+    random_return = float(play(fresh.random_actor(), env, EPISODES).returns.mean())
+    before = float(play(fresh.actor("deploy"), env, EPISODES).returns.mean())
     result = run_training(config, folder)
 
     run = load_run(folder)

@@ -6,6 +6,7 @@
 from k24.errors import K24Error, PolicyFileError, RunError, UsageError
 from k24.policy import Policy, load_policy
 from k24.sparse import MaskConfig, MaskedGRU, MaskedLinear, PatternSet, pattern_orthogonality
+from k24.sparse.slots import SlotRule
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "Policy",
     "PolicyFileError",
     "RunError",
+    "SlotRule",
     "UsageError",
     "__version__",
     "load_policy",

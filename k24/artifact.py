@@ -67,6 +67,8 @@ class PolicySpec:
         agent_id: Whether acting appends the agent's one-hot index to its observation.
         action: Kind of action; ``discrete``, chosen by the largest output.
         env_args: Arguments of its task, each as ``name=value``.
+        slots: What says which slot a row uses: ``agent``, its agent's index; ``(start, stop)``, those features of the observation, one-hot;
+            ``given``, whoever acts.
     """
 
     task: str
@@ -79,6 +81,7 @@ class PolicySpec:
     agent_id: bool = False
     action: str = "discrete"
     env_args: tuple[str, ...] = ()
+    slots: str | tuple[int, int] = "agent"
 
     def __post_init__(self) -> None:
         """Refuses values of the wrong kind."""
@@ -91,6 +94,13 @@ class PolicySpec:
         strict.flag(self.agent_id, "agent_id")
         strict.one_of(self.action, "action", ["discrete"])
         given = list(self.env_args) if isinstance(self.env_args, tuple) else self.env_args  # JSON has lists
+        if isinstance(self.slots, str):
+            strict.one_of(self.slots, "slots", ["agent", "given"])
+        else:
+            start, stop = strict.items(list(self.slots) if isinstance(self.slots, tuple) else self.slots, "slots", [2])
+            strict.whole(start, "the start of slots", 0, self.obs_dim - 1)
+            strict.whole(stop, "the stop of slots", start + 1, self.obs_dim)
+            object.__setattr__(self, "slots", (start, stop))
         object.__setattr__(self, "env_args", tuple(strict.text(item, "env_args") for item in strict.items(given, "env_args")))
 
 
@@ -188,7 +198,9 @@ def check_shapes(net: Net, spec: PolicySpec) -> None:
         slots = [len(t) for t in (layer.weight, layer.bias, layer.codes) if t is not None]
         if any(n not in (1, net.n_slots) for n in slots):
             raise UsageError(f"weight, bias and codes of layer {name} are for {slots} slots: each must have 1 or all {net.n_slots}")
-    if spec.agent_id and spec.n_agents != net.n_slots:
+    if isinstance(spec.slots, tuple) and spec.slots[1] - spec.slots[0] != net.n_slots:
+        raise UsageError(f"slots {list(spec.slots)} tell {spec.slots[1] - spec.slots[0]} types apart, the net has {net.n_slots} slots")
+    if spec.agent_id and spec.slots == "agent" and spec.n_agents != net.n_slots:
         raise UsageError(f"agent_id needs a slot per agent: got {spec.n_agents} agents and {net.n_slots} slots")
     inputs = spec.obs_dim + (spec.n_agents if spec.agent_id else 0)
     if (inputs, spec.n_actions) != (net.in_features, net.out_features):

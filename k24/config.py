@@ -39,6 +39,8 @@ class TrainConfig:
     """Parallel environments."""
     hidden: int = 64
     """Hidden units of the agent net."""
+    slots: str = "agent"
+    """Whose masks a row uses: agent (its index), unit_type (what it is, where the task says so), or package.module:function of your own."""
     agent_id: Literal["auto", "yes", "no"] = "auto"
     """Append each agent's index to its observation; auto asks the sharing scheme."""
     env_args: tuple[str, ...] = ()
@@ -47,6 +49,8 @@ class TrainConfig:
     """Where to learn: cpu, cuda, or auto for cuda where there is one."""
     threads: int = 1
     """Threads of torch on the CPU; for nets of this size one is usually fastest."""
+    workers: int | None = None
+    """Processes for simulators that step one environment at a time; one per core when not given, 0 for none but this one."""
     log_every: int = 10_000
     """Environment steps between lines of metrics."""
     eval_every: int = 50_000
@@ -76,6 +80,10 @@ class TrainConfig:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed (={self.seed}) must lie in 0 … 2^63 - 1")
         _require_finite(self)
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"workers (={self.workers}) must be at least 0")
+        if self.slots not in ("agent", "unit_type") and ":" not in self.slots:
+            raise UsageError(f"slots {self.slots!r} is not known: use agent, unit_type or package.module:function")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is not known: use auto, cpu or cuda")
         kept = PatternSet.parse(self.masks.pattern).n
@@ -151,6 +159,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sharing": "kaleidoscope",
         "learner": {"lr": 5e-4, "lr_decay_start": 1.0, "env_steps_per_update": 25, "target_update": 200, "epsilon_anneal": 50_000},
         "kaleidoscope": {"div_coef": 0.5, "reset_interval": 200_000, "reset_ratio": 0.1},
+    },
+    "smacv2": {
+        "steps": 10_050_000,
+        "hidden": 64,
+        "envs": 8,
+        "slots": "unit_type",
+        "learner": {
+            "lr": 1e-3,
+            "lr_decay_start": 1.0,
+            "batch_size": 128,
+            "td_lambda": 0.6,
+            "env_steps_per_update": 400,
+            "target_update": 200,
+            "epsilon_anneal": 100_000,
+            "standardise_rewards": False,
+        },
     },
     "kaleidoscope_smacv2": {
         "steps": 10_050_000,

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from k24.checkpoint import load_checkpoint
 from k24.config import TrainConfig, load_config
-from k24.envs import Observation, TeamEnv, make_env
+from k24.envs import EnvSpec, Observation, TeamEnv, make_env
+from k24.envs.own import load
 from k24.errors import CheckpointError, UsageError
 from k24.learners import Learner, RandomActor, collect_episodes, make_learner
 from k24.policy import Policy, load_policy
 from k24.sharing import make_sharing
-from k24.sparse.slots import Phase
+from k24.sparse.slots import Phase, SlotRule, by_unit_type
 
 # Evaluation episodes start from other seeds than training ones.
 EVAL_SEED = 1_000_003
@@ -40,13 +41,49 @@ class Run:
 
 def build_learner(config: TrainConfig, env: TeamEnv) -> Learner:
     """A fresh learner of a configuration."""
-    sharing = make_sharing(config.sharing, env.spec.n_agents, config.sharing_config)
-    return make_learner(config.algo, env.spec, sharing, config.learner, config.hidden, config.append_id, config.seed, env.device)
+    rule = build_rule(config, env.spec)
+    sharing = make_sharing(config.sharing, rule.n_slots, config.sharing_config)
+    return make_learner(config.algo, env.spec, sharing, config.learner, config.hidden, config.append_id, config.seed, env.device, rule)
 
 
-def build_env(config: TrainConfig, n_envs: int, device: torch.device | str = "cpu") -> TeamEnv:
-    """The environments of a configuration."""
-    return make_env(config.task, n_envs, device, **config.env_kwargs)
+def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
+    """Which slot each row uses.
+
+    Raises:
+        UsageError: The task knows no unit types, or the user's function can't be had or returns no rule.
+    """
+    if config.slots == "agent":
+        return SlotRule(spec.n_agents)
+    if config.slots == "unit_type":
+        if spec.unit_types is None:
+            raise UsageError(f"{config.task} does not say what type of unit an agent is: use --slots agent")
+        return by_unit_type(*spec.unit_types)
+    rule = load(config.slots)(spec)
+    if not isinstance(rule, SlotRule) or not isinstance(rule.n_slots, int) or rule.n_slots < 1:
+        raise UsageError(f"slots {config.slots}: the function takes the task's EnvSpec and must return a k24.SlotRule, got {rule!r}")
+    return rule
+
+
+def build_env(config: TrainConfig, n_envs: int, device: torch.device | str = "cpu", workers: int | None = None) -> TeamEnv:
+    """The environments of a configuration, with fixed opponents where ``env_args`` names them.
+
+    Args:
+        config: The run.
+        n_envs: Parallel environments.
+        device: Where tensors live.
+        workers: Worker processes; those of the configuration when None.
+
+    Raises:
+        UsageError: There is no such task, option, side or opponent.
+    """
+    kwargs = config.env_kwargs
+    side, opponents = kwargs.pop("side", None), kwargs.pop("opponents", None)
+    env = make_env(config.task, n_envs, device, config.workers if workers is None else workers, **kwargs)
+    if side is None and opponents is None:
+        return env
+    from k24.envs.opponents import FixedOpponents
+
+    return FixedOpponents(env, side, opponents if opponents in (None, "random") else load_policy(str(opponents), device))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,8 +116,9 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> Run:
     if found is None:
         raise UsageError(f"{folder} has no checkpoint yet: train longer, or resume it with --resume")
     steps, state = found
-    env = build_env(config, 1, device)
+    env = build_env(config, 1, device, workers=0)
     learner = build_learner(config, env)
+    env.close()
     restore(learner.load_policy_state, state, folder)
     return Run(config, learner, steps)
 
@@ -199,33 +237,46 @@ def open_policy(
     return Player(PolicyActor(policy), make, spec.task, f"{spec.algo}-{spec.sharing}", spec.steps, policy)
 
 
-def play(actor: Actor, env: TeamEnv, episodes: int, seed: int = EVAL_SEED) -> Tensor:
-    """Undiscounted returns, summed over agents and steps.
+class Played(NamedTuple):
+    """What came of some episodes.
+
+    Attributes:
+        returns: Undiscounted, summed over agents and steps, float64 ``[episodes]``.
+        won: bool ``[episodes]``; None where the task knows no victory.
+    """
+
+    returns: Tensor
+    won: Tensor | None = None
+
+
+def play(actor: Actor, env: TeamEnv, episodes: int, seed: int = EVAL_SEED) -> Played:
+    """Plays episodes.
 
     Args:
         actor: Who acts.
         env: Environments; rounds of ``env.n_envs`` episodes are played.
         episodes: Episodes wanted.
         seed: Seed of the first round.
-
-    Returns:
-        float64 ``[episodes]``.
     """
     rounds = -(-episodes // env.n_envs)
     # Anything that acts will do.
-    returns = [collect_episodes(env, actor, seed + k).returns() for k in range(rounds)]  # type: ignore[arg-type]
-    return torch.cat(returns)[:episodes].double().cpu()
+    played = [collect_episodes(env, actor, seed + k) for k in range(rounds)]  # type: ignore[arg-type]
+    returns = torch.cat([batch.returns() for batch in played])[:episodes].double().cpu()
+    won = [batch.won for batch in played if batch.won is not None]
+    return Played(returns, torch.cat(won)[:episodes].cpu() if won else None)
 
 
-def summary(returns: Tensor) -> dict:
-    """Mean and its 95% interval (normal approximation over episodes).
-
-    Args:
-        returns: ``[episodes]``.
-    """
+def summary(played: Played) -> dict:
+    """Mean return and its 95% interval (normal approximation over episodes); where episodes can be won, the share that was (Wilson's)."""
+    returns, n = played.returns, len(played.returns)
     mean = float(returns.mean())
-    half = 1.96 * float(returns.std(correction=1)) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
-    return {"return_mean": mean, "return_ci95": [mean - half, mean + half], "episodes": len(returns)}
+    half = 1.96 * float(returns.std(correction=1)) / n**0.5 if n > 1 else 0.0
+    found = {"return_mean": mean, "return_ci95": [mean - half, mean + half], "episodes": n}
+    if played.won is not None:
+        rate, z2 = float(played.won.double().mean()), 1.96**2
+        centre, half = (rate + z2 / (2 * n)) / (1 + z2 / n), 1.96 / (1 + z2 / n) * (rate * (1 - rate) / n + z2 / (4 * n * n)) ** 0.5
+        found |= {"win_rate": rate, "win_rate_ci95": [max(centre - half, 0.0), min(centre + half, 1.0)]}
+    return found
 
 
 def record_gif(actor: Actor, env: TeamEnv, path: Path, seed: int = EVAL_SEED) -> None:

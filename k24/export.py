@@ -69,7 +69,7 @@ def net_of(agent_net: AgentNet) -> Net:
         return Linear(made.weight.clone(), made.bias.clone(), relu=relu)
 
     gru = GRU(linear("gru_input"), linear("gru_recurrent"))
-    return Net((linear("fc1", relu=True), gru, linear("fc2", relu=True), linear("fc3", relu=True), linear("fc4")), agent_net.n_agents)
+    return Net((linear("fc1", relu=True), gru, linear("fc2", relu=True), linear("fc3", relu=True), linear("fc4")), agent_net.n_slots)
 
 
 def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None = None) -> Exported:
@@ -92,7 +92,9 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
         _check_name(onnx, ".onnx", "--onnx")
         require_onnx()
     run = load_run(folder)
-    agent_net = run.learner.net
+    agent_net, rule = run.learner.net, run.learner.rule
+    if onnx is not None and rule.of is not None:
+        raise UsageError(f"an ONNX file holds one policy per agent, and here slots go by {run.config.slots}: leave --onnx out")
     for name, parameter in agent_net.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise UsageError(f"{name} of {folder} holds NaN or infinity: delete its newest checkpoint to export the one before")
@@ -107,6 +109,7 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
         n_actions=agent_net.n_outputs,
         agent_id=agent_net.agent_id,
         env_args=run.config.env_args,
+        slots=(rule.unit_types or "given") if rule.of is not None else "agent",
     )
     typed = _as_type(net, list(agent_net.layers), dtype)
     with contextlib.ExitStack() as files:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from k24.sparse.layers import MaskedLinear
 from k24.sparse.slots import Phase, SlotWeights, apply_slots
 
 Weights = list[SlotWeights]
+
+# Running the net once more for another slot costs about as much as this many rows.
+_WORTH_A_RUN = 128
 
 
 def detach_weights(weights: Sequence[SlotWeights]) -> Weights:
@@ -105,18 +109,13 @@ class AgentNet(nn.Module):
             ids = self._ids[:, None, None].expand(a, t, n, a)  # type: ignore[index]
             obs = torch.cat([obs, ids], -1)
         noted = {name: layer for name, layer in self.layers.items() if isinstance(layer, MaskedLinear)} if observe else {}
-        if slots is not None and (noted or any(max(len(w.weight), len(w.bias)) > 1 for w in weights)):
+        if slots is not None:
             return self._forward_slots(weights, obs, h, valid, noted, slots)
-        # One set of weights for all slots needs no sorting.
-        alive = alive if slots is None else slots >= 0
         rows = valid if alive is None else alive if valid is None else alive & valid
         rows = None if rows is None else rows.reshape(-1, t * n)
 
         out, states = _run(weights, obs, h, {name: partial(layer.observe, valid=rows) for name, layer in noted.items()})
-        last = states[:, -1]
-        if alive is not None:
-            out = out * alive[..., None]
-        return out, last if slots is None else last * (slots[:, -1] >= 0)[..., None]
+        return out if alive is None else out * alive[..., None], states[:, -1]
 
     def compare(self, weights: Sequence[SlotWeights], obs: Tensor) -> Tensor:
         """Asks every slot about the same observations, each at the start of an episode.
@@ -137,43 +136,84 @@ class AgentNet(nn.Module):
     def _forward_slots(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sequences sorted by slot, one run of the net for each slot that has any."""
+        """Rows that choose their slot; observations come with the agents' indices."""
+        t, alive = obs.shape[1], slots >= 0
+        one_for_all = not noted and all(len(w.weight) == len(w.bias) == 1 for w in weights)
+        if t > 1:
+            comes_back = (alive[:, 1:] & ~alive[:, :-1]).any()
+            changes = ((slots != slots.amax(1, keepdim=True)) & alive).any()
+            if bool(comes_back if one_for_all else comes_back | changes):
+                return self._forward_steps(weights, obs, h, valid, noted, slots)
+        if one_for_all:
+            out, states = _run(weights, obs, h, {})
+            last = states[:, -1]
+        else:
+            own = slots[:, 0] if t == 1 else slots.amax(1)
+            out, last = self._forward_sorted(weights, obs, h, alive if valid is None else alive & valid, noted, own)
+        return out * alive[..., None], last * alive[:, -1, :, None]
+
+    def _forward_sorted(
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, counted: Tensor, noted: dict[str, MaskedLinear], own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences sorted by their slot ``own [A, N]``, and run in blocks of one slot each, or all in one, padded to the longest."""
         a, t, n, width = obs.shape
-        alive = slots >= 0
-        own = slots.amax(1)  # each sequence's slot, where it has but one
-        if t > 1 and bool(((slots != own[:, None]) & alive).any() | (alive[:, 1:] & ~alive[:, :-1]).any()):
-            return self._forward_steps(weights, obs, h, valid, noted, slots)
-        own = own.flatten()
-        if bool((own >= self.n_slots).any()):
-            raise UsageError(f"slot {int(own.max())} does not exist: this net has the slots 0 to {self.n_slots - 1}")
-        # Row (a, t, n) is number (a·T + t)·N + n of the flattened input, and a sequence (a, n) starts at t = 0.
-        starts = (torch.arange(a, device=obs.device)[:, None] * (t * n) + torch.arange(n, device=obs.device)).flatten()
-        steps = torch.arange(t, device=obs.device)[:, None] * n
-        flat, flat_h = obs.reshape(a * t * n, width), h.reshape(a * n, -1)
-        counted = alive if valid is None else alive & valid
-        flat_counted = counted.reshape(-1)
+        device, own = obs.device, own.flatten()
+        none, *all_counts = torch.bincount(own + 1, minlength=self.n_slots + 1).tolist()
+        if len(all_counts) > self.n_slots:
+            raise UsageError(f"slot {len(all_counts) - 1} does not exist: this net has the slots 0 to {self.n_slots - 1}")
+        present = [slot for slot, count in enumerate(all_counts) if count]
+        counts = [all_counts[slot] for slot in present]
+        if not present:
+            return obs.new_zeros(a, t, n, self.n_outputs), torch.zeros_like(h)
+        longest, total = max(counts), sum(counts)
+        together = len(present) > 1 and (len(present) * longest - total) * t <= _WORTH_A_RUN * len(present)
+        order = own.argsort(stable=True)[none:]
+        # What comes out for the i-th sorted sequence is in row ``row[i]`` of all blocks' results.
+        row = torch.arange(total, device=device)
+        blocks: list[tuple[list[int], Tensor]] = []
+        if together:
+            shift = torch.tensor([k * longest - start for k, start in enumerate(accumulate([0, *counts[:-1]]))], device=device)
+            row = row + shift.repeat_interleave(torch.tensor(counts, device=device), output_size=total)
+            blocks.append((present, order.new_zeros(len(present) * longest).index_copy_(0, row, order).view(len(present), longest)))
+        else:
+            blocks += [([slot], rows[None]) for slot, rows in zip(present, order.split(counts), strict=True)]
+        cut = None if together else _cut(weights)
+        steps = torch.arange(t, device=device)
+        flat, flat_h, flat_counted = obs.reshape(a * t * n, width), h.reshape(a * n, -1), counted.reshape(-1)
         segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
-        outputs, lasts, rows, sequences = [], [], [], []
-        for slot, made in enumerate(_by_slot(weights, self.n_slots)):
-            mine = (own == slot).nonzero().flatten()
-            if not len(mine):
-                continue
-            at = (starts[mine] + steps).flatten()
-            x = flat.index_select(0, at).view(1, t, len(mine), width)
-            watch = {name: partial(_keep, segments[name], slot, flat_counted.index_select(0, at)) for name in noted}
-            out, states = _run(made, x, flat_h.index_select(0, mine)[None], watch)
+        outputs, lasts = [], []
+        for slots, sequences in blocks:
+            height, rows = sequences.shape
+            # Step t of sequence (a, n) is row (a·T + t)·N + n of the flattened input.
+            at = sequences if t == 1 else ((sequences // n * (t * n) + sequences % n)[:, None] + steps[:, None] * n)
+            at = at.reshape(-1)
+            x = flat.index_select(0, at).view(height, t, rows, width)
+            watch = {}
+            if noted:
+                real = torch.arange(rows, device=device) < torch.tensor([all_counts[slot] for slot in slots], device=device)[:, None]
+                valid = (flat_counted[at].view(height, t, rows) & real[:, None]).view(height, -1)
+                watch = {name: partial(_keep, segments[name], slots, valid) for name in noted}
+            made = _of_slots(weights, slots, self.n_slots) if cut is None else cut[slots[0] if len(cut) > 1 else 0]
+            out, states = _run(made, x, flat_h[sequences], watch)
             outputs.append(out.reshape(len(at), -1))
-            lasts.append(states[0, -1])
-            rows.append(at)
-            sequences.append(mine)
+            lasts.append(states[:, -1].reshape(height * rows, -1))
         for name, layer in noted.items():
             layer.observe_segments(segments[name])
-        out = obs.new_zeros(a * t * n, self.n_outputs)
-        last = torch.zeros_like(flat_h)
-        if outputs:
-            out = out.index_copy(0, torch.cat(rows), torch.cat(outputs))
-            last = last.index_copy(0, torch.cat(sequences), torch.cat(lasts))
-        return out.view(a, t, n, -1) * alive[..., None], last.view(a, n, -1) * alive[:, -1, :, None]
+        # Back to the order of the rows that came. In a block, step t follows step t - 1 after all of a slot's rows.
+        back = own.new_zeros(a * n).index_copy_(0, order, row)
+        where = back.view(a, 1, n)
+        if t > 1:
+            if together:
+                begin, stride = row + torch.div(row, longest, rounding_mode="floor") * ((t - 1) * longest), torch.full_like(row, longest)
+            else:
+                sizes = torch.tensor(counts, device=device)
+                begin = row + ((sizes.cumsum(0) - sizes) * (t - 1)).repeat_interleave(sizes, output_size=total)
+                stride = sizes.repeat_interleave(sizes, output_size=total)
+            begin, stride = (own.new_zeros(a * n).index_copy_(0, order, one).view(a, 1, n) for one in (begin, stride))
+            where = begin + stride * steps[:, None]
+        out = (outputs[0] if together else torch.cat(outputs)).index_select(0, where.reshape(-1)).view(a, t, n, -1)
+        last = (lasts[0] if together else torch.cat(lasts)).index_select(0, back).view(a, n, -1)
+        return out, last
 
     def _forward_steps(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
@@ -187,14 +227,22 @@ class AgentNet(nn.Module):
         return torch.cat(outputs, 1), h
 
 
-def _by_slot(weights: Sequence[SlotWeights], n_slots: int) -> list[Weights]:
+def _cut(weights: Sequence[SlotWeights]) -> list[Weights]:
     """Each slot's weights, ``[1, O, I]``, cut up in one go: autograd then puts their gradients together once and not once per slot."""
     cut = [(w.weight.split(1), w.bias.split(1)) for w in weights]
+    n_slots = max(max(len(w), len(b)) for w, b in cut)
     return [[SlotWeights(w[min(s, len(w) - 1)], b[min(s, len(b) - 1)]) for w, b in cut] for s in range(n_slots)]
 
 
-def _keep(segments: list[tuple[int, Tensor, Tensor]], slot: int, valid: Tensor, x: Tensor) -> None:
-    segments.append((slot, x[0], valid))
+def _of_slots(weights: Sequence[SlotWeights], slots: list[int], n_slots: int) -> Sequence[SlotWeights]:
+    """Some slots' weights, ``[len(slots), O, I]``, or 1 where all slots share them."""
+    if len(slots) == n_slots:
+        return weights
+    return [SlotWeights(*(part if len(part) == 1 else part[slots] for part in (w.weight, w.bias))) for w in weights]
+
+
+def _keep(segments: list[tuple[int, Tensor, Tensor]], slots: list[int], valid: Tensor, x: Tensor) -> None:
+    segments.extend((slot, x[k], valid[k]) for k, slot in enumerate(slots))
 
 
 def _run(weights: Sequence[SlotWeights], x: Tensor, h: Tensor, watch: Mapping[str, Callable[[Tensor], None]]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from k24.artifact import PolicySpec, check_shapes, read_policy
 from k24.artifact import write_policy as save_policy
 from k24.errors import PolicyFileError, UsageError
 from k24.kernels import Net, prepare
+from k24.sparse.slots import by_unit_type
 
 
 def load_policy(
@@ -74,7 +75,8 @@ class Policy:
         self._prepared, self._backend = prepare(net, backend, threads), backend
         self._source, self._net = source, None if source else net
         self._slots, self._obs_dim, self._hidden = net.n_slots, spec.obs_dim, net.hidden
-        self._agents = spec.n_agents if spec.n_agents == net.n_slots else None
+        self._of = by_unit_type(*spec.slots).of if isinstance(spec.slots, tuple) else None
+        self._agents = spec.n_agents if spec.n_agents == net.n_slots and spec.slots == "agent" else None
         self._dtypes = (torch.float32, net.dtype)
         self._never = torch.tensor(float("-inf"), device=self.device)
         self._threads = threads
@@ -132,7 +134,8 @@ class Policy:
             state: What the call before returned; None at the start of an episode. Where environments end at different times, those that
                 begin anew are reset by ``state[:, done] = 0``.
             avail: bool, which actions can be taken, as ``obs`` with ``n_actions`` in place of ``obs_dim``; a row without any gets action 0.
-            slots: int64 ``[rows]``, whose policy each row follows (agents of several types); negative for a row that counts for nothing.
+            slots: int64, of the shape of ``obs`` without ``obs_dim``: whose policy each row follows (units of several types); negative for a
+                row that counts for nothing. Not needed where the policy reads it from the observation (``spec.slots``).
 
         Returns:
             Actions, int64 of the shape of ``obs`` without ``obs_dim``, an array where ``obs`` was none of torch's; and the next state.
@@ -167,6 +170,10 @@ class Policy:
         x = obs if isinstance(obs, Tensor) else _tensor(obs, np.float32, "obs")
         if x.dtype not in self._dtypes or x.device != self.device:
             x = x.to(self.device, x.dtype if x.dtype in self._dtypes else torch.float32)
+        if self._of is not None and slots is None:
+            return self._agents_of_slots(x, self._of(x), state)
+        if slots is not None and x.ndim == 3:
+            return self._agents_of_slots(x, _slots(slots, x), state)
         shape = x.shape
         rank = len(shape)
         if slots is not None or not 2 <= rank <= 3 or shape[0] != self._agents or shape[-1] != self._obs_dim:
@@ -185,22 +192,36 @@ class Policy:
         values, state = self._prepared.run(x, state, None)
         return (values, state) if rank == 3 else (values.squeeze(1), state.squeeze(1))
 
+    def _agents_of_slots(self, x: Tensor, slots: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows of agents, each with a slot that is not its agent's index."""
+        n, d = self.spec.n_agents, self._obs_dim
+        if not 2 <= x.ndim <= 3 or x.shape[0] != n or x.shape[-1] != d:
+            raise UsageError(f"obs must be [{n}, envs, {d}] or [{n}, {d}] (agents first), got {list(x.shape)}")
+        if state is not None:
+            state = self._checked_state(state, x, x.shape[:-1]).reshape(-1, self._hidden)
+        lead = x.shape[:-1]
+        if self.spec.agent_id:
+            ids = self._ids.to(x.dtype)
+            x = torch.cat((x, ids.expand(-1, lead[1], -1) if x.ndim == 3 else ids[:, 0]), -1)
+        values, state = self._prepared(x.reshape(slots.numel(), -1), state, slots.reshape(-1))
+        return values.view(*lead, -1), state.view(*lead, -1)
+
     def _mixed_rows(self, x: Tensor, state: Tensor | None, slots: Any) -> tuple[Tensor, Tensor]:
         if slots is None:
             if self._agents is None:
                 raise UsageError(f"this policy has {self._slots} slots for {self.spec.n_agents} agents: say with slots whose each row is")
             n, d = self._slots, self._obs_dim
             raise UsageError(f"obs must be [{n}, envs, {d}] or [{n}, {d}] (agents first), got {list(x.shape)}")
-        slots = slots if isinstance(slots, Tensor) else _tensor(slots, None, "slots")
-        if slots.dtype != torch.int64 or slots.ndim != 1 or tuple(x.shape) != (*slots.shape, self._obs_dim):
+        slots = _slots(slots, x)
+        if tuple(x.shape) != (*slots.shape, self._obs_dim):
             raise UsageError(
-                f"with slots, obs must be [rows, {self._obs_dim}] and slots int64 [rows], got {list(x.shape)} and {slots.dtype} "
-                f"{list(slots.shape)}"
+                f"with slots, obs must be [rows, {self._obs_dim}] or [{self.spec.n_agents}, envs, {self._obs_dim}], got {list(x.shape)}"
             )
-        slots = slots.to(self.device)
         if state is not None:
             state = self._checked_state(state, x, x.shape[:-1])
         if self.spec.agent_id:
+            if self.spec.slots != "agent":
+                raise UsageError(f"this policy needs each agent's index: give obs as [{self.spec.n_agents}, envs, {self._obs_dim}]")
             x = torch.cat((x, self._ids[slots.clamp(0, self._slots - 1), 0].to(x.dtype)), -1)
         return self._prepared(x, state, slots)
 
@@ -221,7 +242,7 @@ class Policy:
     @cached_property
     def _ids(self) -> Tensor:
         """One-hot index of each agent ``[A, 1, A]``; made when first needed, because it is the one thing here larger than the file."""
-        return torch.eye(self._slots, dtype=torch.float32, device=self.device)[:, None]
+        return torch.eye(self.spec.n_agents, dtype=torch.float32, device=self.device)[:, None]
 
 
 def _tensor(values: Any, dtype: type | None, name: str) -> Tensor:
@@ -230,6 +251,14 @@ def _tensor(values: Any, dtype: type | None, name: str) -> Tensor:
         return torch.from_numpy(np.require(values, dtype, ["C", "W"]))
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name} must be a tensor or an array of numbers ({error})") from error
+
+
+def _slots(slots: Any, x: Tensor) -> Tensor:
+    """One slot for each row of ``x``."""
+    slots = slots if isinstance(slots, Tensor) else _tensor(slots, None, "slots")
+    if slots.dtype != torch.int64 or slots.shape != x.shape[:-1]:
+        raise UsageError(f"slots must be int64 {list(x.shape[:-1])} for obs {list(x.shape)}, got {slots.dtype} {list(slots.shape)}")
+    return slots.to(x.device)
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -17,9 +17,12 @@ from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.errors import UsageError
 from k24.evaluate import EVAL_SEED, build_env, build_learner, play, resolve_device, restore, summary
 from k24.files import write_atomically
+from k24.sparse.slots import Phase
 
 # Settings that may differ when a run is resumed: none of them changes what is learned.
-MAY_DIFFER = ("device", "threads", "checkpoint_every")
+MAY_DIFFER = ("device", "threads", "workers", "checkpoint_every")
+# What is logged of an evaluation, and which masks act in it.
+EVALUATED: dict[str, Phase] = {"eval": "deploy", "eval_act": "act"}
 
 
 @dataclass(frozen=True)
@@ -203,8 +206,13 @@ def train(
                 measured = {"return_train": metrics["return_train"], **learner.metrics()}
                 if steps >= next_eval or done:
                     next_eval = _after(steps, config.eval_every)
-                    measured["return_eval"] = float(play(learner.actor("deploy"), eval_env, config.eval_episodes).mean())
-                    measured["return_eval_act"] = float(play(learner.actor("act"), eval_env, config.eval_episodes).mean())
+                    for name, phase in EVALUATED.items():
+                        outcome = summary(play(learner.actor(phase), eval_env, config.eval_episodes))
+                        measured[f"return_{name}"] = outcome["return_mean"]
+                        if "win_rate" in outcome:
+                            measured[f"win_rate_{name}"] = outcome["win_rate"]
+                if env.restarts + eval_env.restarts:
+                    measured["env_restarts"] = float(env.restarts + eval_env.restarts)
                 log.write(steps, measured)
                 metrics |= measured
             if on_progress is not None:

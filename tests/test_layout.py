@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "sparse": set(),
     "kernels": {"sparse"},
     "artifact": {"files", "strict", "sparse", "kernels"},
-    "policy": {"artifact", "kernels"},
+    "policy": {"artifact", "kernels", "sparse"},
     "onnx": {"kernels"},
     # training
     "sharing": {"sparse"},

@@ -38,7 +38,7 @@ MEMORY = dataclasses.replace(
 def untrained(config: TrainConfig) -> float:
     """Return of the team before any training, which is deterministic."""
     env = build_env(config, 32)
-    return float(play(build_learner(config, env).actor("deploy"), env, 32).mean())
+    return float(play(build_learner(config, env).actor("deploy"), env, 32).returns.mean())
 
 
 def learned(config: TrainConfig, folder: Path) -> float:

@@ -80,6 +80,9 @@ def eval_command(arguments: list[str]) -> None:
     # Asked now, because auto may settle on a backend while it plays.
     how = "" if player.policy is None else f", {player.policy.backend}"
     print(f"return {found['return_mean']:.2f} (95% interval {low:.2f} to {high:.2f}, {found['episodes']} episodes{how})")
+    if "win_rate" in found:
+        low, high = found["win_rate_ci95"]
+        print(f"won {found['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})")
     print(json.dumps({**found, "masks": options.masks, "steps": player.steps, "task": player.task, "policy": player.name}))
 
 

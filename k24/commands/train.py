@@ -110,6 +110,9 @@ def run_training(config: Any, folder: Path | None, resume: bool = False, quiet: 
     print(
         f"return {mean:.2f} (95% interval {low:.2f} to {high:.2f} over {result.evaluation['episodes']} episodes; sum over agents and steps)"
     )
+    if "win_rate" in result.evaluation:
+        low, high = result.evaluation["win_rate_ci95"]
+        print(f"won {result.evaluation['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})")
     print(f"run folder {result.folder}; curves: tensorboard --logdir {result.folder}")
     print(json.dumps({**result.evaluation, "folder": str(result.folder), "env_steps_per_s": round(result.steps_per_second)}))
     return result

@@ -64,7 +64,7 @@ SUITES = {
     "rware": Suite("k24.envs.foraging", "rware", "rware", "robotic warehouse"),
     "smax": Suite("k24.envs.smax", "jaxmarl", "smax", "StarCraft-like battles without StarCraft, simulated in batches by JaxMARL"),
     "smacv2": Suite("k24.envs.smacv2", "smacv2", None, "StarCraft II battles; needs the game"),
-    "mamujoco": Suite("k24.envs.mamujoco", "gymnasium_robotics", "mamujoco", "MuJoCo's bodies, their joints shared out among agents; continuous"),
+    "mamujoco": Suite("k24.envs.mamujoco", "gymnasium_robotics", "mamujoco", "bodies of MuJoCo, their joints shared out among agents"),
 }
 
 

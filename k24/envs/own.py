@@ -1,7 +1,7 @@
 """Environments of the user's own: ``package.module:function``, found as Python finds modules, the current folder included.
 
 The function comes in two kinds. One that takes ``n_envs`` makes a whole batch: ``make(n_envs, device, **options) -> TeamEnv``. Any other
-makes one environment, ``make(**options)``, either a ``SingleEnv`` or a PettingZoo parallel environment; copies of it run in worker processes.
+makes one environment, ``make(**options)``, a ``SingleEnv`` or a PettingZoo parallel environment; copies of it run in worker processes.
 Options are those given as ``--env-args name=value``.
 """
 

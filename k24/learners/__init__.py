@@ -26,6 +26,7 @@ class Learner(Protocol):
 
     net: AgentNet
     sharing: Sharing
+    rule: SlotRule
     updates: int
 
     def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
