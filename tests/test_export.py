@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from torch import Tensor
 from k24 import export as export_module
 from k24 import files
 from k24.cli import main
+from k24.envs import EnvSpec, make_env
+from k24.errors import UsageError
 from k24.evaluate import load_run
 from k24.export import DTYPES, export_run, net_of
 from k24.kernels import prepare
@@ -26,6 +29,7 @@ from k24.nets import AgentNet
 from k24.policy import PolicySpec, load_policy, save_policy
 from k24.sharing import SCHEMES, make_sharing
 from k24.sparse import MaskedLinear
+from k24.sparse.slots import SlotRule, by_unit_type
 from k24.train import train
 
 SHORT = change(steps=96)
@@ -357,3 +361,69 @@ def test_of_two_files_both_are_written_or_none(capfd, tmp_path, monkeypatch, fin
     monkeypatch.setattr(export_module, "write_atomically", interrupt)
     refused(capfd, "export", str(finished), "--out", f"{tmp_path}/p.safetensors", "--onnx", f"{tmp_path}/deep/p.onnx", status=130)
     assert contents(tmp_path) == {}
+
+
+# --- slots that are not the agents' indices ------------------------------------------------------------------------------------------
+
+
+def groups(spec: EnvSpec) -> SlotRule:
+    """One slot for all."""
+    return SlotRule(1, lambda obs: torch.zeros(obs.shape[:-1], dtype=torch.int64))
+
+
+@pytest.fixture(scope="module", params=["yes", "no"])
+def units(request, tmp_path_factory) -> Path:
+    """A finished run whose slots are unit types, with and without agent indices."""
+    folder = tmp_path_factory.mktemp("units") / "run"
+    config = dataclasses.replace(BASE, task="toy/units", slots="unit_type", agent_id=request.param, env_args=("n_agents=4",))
+    train(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", "auto"])
+def test_a_policy_of_unit_types_reads_them_from_the_observation(units, tmp_path, backend):
+    export_run(units, tmp_path / "p.safetensors")
+    policy, agent_net = load_policy(tmp_path / "p.safetensors", backend=backend), load_run(units).learner.net
+    assert policy.spec.slots == (0, 3) and policy.spec.n_agents == 4 and policy.net.n_slots == 3
+    env = make_env("toy/units", 6, n_agents=4)
+    seen, state, h = env.reset(3), None, agent_net.initial_state(6)
+    rule = by_unit_type(0, 3)
+    for _ in range(2):
+        expected, h = agent_net(agent_net.snapshot("deploy"), seen.obs[:, None], h, slots=rule.of(seen.obs)[:, None])
+        values, after = policy.outputs(seen.obs, state)
+        torch.testing.assert_close(values, expected[:, 0], rtol=1e-4, atol=1e-5)
+        given, _ = policy.outputs(seen.obs, state, slots=rule.of(seen.obs))
+        torch.testing.assert_close(given, values)
+        actions, state = policy.act(seen.obs, state, avail=seen.avail)
+        assert torch.equal(state, after) and seen.avail.gather(-1, actions[..., None]).all()
+        last, seen = seen, env.step(actions).after
+    assert bool((~last.alive).any()) and not bool(values[~last.alive].any()) and not bool(state[~last.alive].any())
+    seen = last
+    one, _ = policy.outputs(seen.obs[:, 2].numpy())
+    torch.testing.assert_close(torch.from_numpy(one), policy.outputs(seen.obs[:, 2:3])[0][:, 0])
+
+
+def test_run_and_file_of_unit_types_play_alike(units, tmp_path, capsys):
+    file = tmp_path / "p.safetensors"
+    export_run(units, file)
+    found = []
+    for what in (units, file):
+        assert main(["eval", str(what), "--episodes", "64"]) == 0
+        found.append({k: v for k, v in last_json(capsys.readouterr().out).items() if k.startswith(("return", "win"))})
+    assert found[0] == found[1] and 0 <= found[0]["win_rate"] <= 1
+    with pytest.raises(UsageError, match="slots go by unit_type: leave --onnx out"):
+        export_run(units, file, onnx=tmp_path / "p.onnx")
+
+
+def test_a_policy_of_the_users_own_slots_must_be_told_them(tmp_path):
+    config = dataclasses.replace(BASE, task="toy/units", slots="test_export:groups", agent_id="no")
+    train(config, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "p.safetensors")
+    policy = load_policy(tmp_path / "p.safetensors")
+    assert policy.spec.slots == "given"
+    obs = torch.randn(3, 5, 4)
+    with pytest.raises(UsageError, match="say with slots whose each row is"):
+        policy.act(obs)
+    assert policy.act(obs, slots=torch.zeros(3, 5, dtype=torch.int64))[0].shape == (3, 5)
+    with pytest.raises(UsageError, match=r"slots must be int64 \[3, 5\]"):
+        policy.act(obs, slots=torch.zeros(3, dtype=torch.int64))

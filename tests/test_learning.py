@@ -9,12 +9,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from k24.config import TrainConfig
-from k24.envs.toy import MatrixGame, MemoryGame, Specialisation
+from k24.envs import EnvSpec
+from k24.envs.toy import MatrixGame, MemoryGame, Specialisation, UnitGame
 from k24.evaluate import build_env, build_learner, play
 from k24.learners import LEARNERS, ValueConfig
 from k24.sharing import SCHEMES, K24Config
+from k24.sparse.slots import SlotRule
 from k24.train import train
 
 GAMES = {"toy/matrix": MatrixGame, "toy/specialisation": Specialisation, "toy/memory": MemoryGame}
@@ -41,9 +45,9 @@ def untrained(config: TrainConfig) -> float:
     return float(play(build_learner(config, env).actor("deploy"), env, 32).returns.mean())
 
 
-def learned(config: TrainConfig, folder: Path) -> float:
+def learned(config: TrainConfig, folder: Path, best: float | None = None) -> float:
     """Mean return of the trained team's deployed policy."""
-    best = GAMES[config.task].optimal_return
+    best = GAMES[config.task].optimal_return if best is None else best
     config = next(c for c in (dataclasses.replace(config, seed=s) for s in range(20)) if untrained(c) < 0.9 * best)
     return train(config, folder / "run").evaluation["return_mean"]
 
@@ -65,6 +69,38 @@ def test_every_scheme_lets_agents_specialise(tmp_path, sharing):
     steps = 2400 if sharing == "kaleidoscope" else 1600
     config = dataclasses.replace(ONE_STEP, task="toy/specialisation", sharing=sharing, steps=steps)
     assert learned(config, tmp_path) == pytest.approx(Specialisation.optimal_return)
+
+
+@pytest.mark.parametrize(("algo", "sharing"), [*((algo, "k24") for algo in LEARNERS), ("qmix", "nops"), ("qmix", "kaleidoscope")])
+def test_units_learn_what_their_type_must_do(tmp_path, algo, sharing):
+    config = dataclasses.replace(MEMORY, task="toy/units", algo=algo, sharing=sharing, slots="unit_type")
+    found = train(config, tmp_path / "run").evaluation
+    assert found["win_rate"] == 1
+    assert found["return_mean"] == pytest.approx(UnitGame(1).optimal_return, abs=0.1)  # how many die is luck
+
+
+def pairs(spec: EnvSpec) -> SlotRule:
+    """Agents 0 and 2 share one slot, 1 and 3 the other."""
+
+    def of(obs: Tensor) -> Tensor:
+        own = torch.arange(len(obs)) % 2
+        return own.view(-1, *[1] * (obs.dim() - 2)).expand(obs.shape[:-1])
+
+    return SlotRule(2, of)
+
+
+def test_a_rule_of_the_users_own_decides_who_can_differ(tmp_path):
+    """Four agents that see the same, in two slots: two of the four actions, and no more."""
+    config = dataclasses.replace(
+        ONE_STEP,
+        task="toy/specialisation",
+        env_args=("n_agents=4",),
+        slots="test_learning:pairs",
+        agent_id="no",
+        masks=K24Config(pattern="1:2"),
+        steps=2400,
+    )
+    assert learned(config, tmp_path, best=0.5) == pytest.approx(0.5)
 
 
 def test_masks_alone_tell_agents_apart(tmp_path):

@@ -161,7 +161,7 @@ def test_a_slot_that_does_not_exist_is_named() -> None:
         net(net.snapshot("act"), obs, net.initial_state(2), slots=torch.full((AGENTS, 1, 2), SLOTS))
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------------------------------
+# --- rules --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_unit_types_are_read_from_the_observation() -> None:
@@ -193,7 +193,7 @@ def test_a_rule_and_a_scheme_must_agree() -> None:
         ValueLearner("qmix", spec, make_sharing("k24", 2), rule=by_unit_type(0, 3))
 
 
-# --- the learner -----------------------------------------------------------------------------------------------------------------------------
+# --- the learner --------------------------------------------------------------------------------------------------------------------------
 
 
 def episodes(spec: EnvSpec, count: int, g: torch.Generator, dead: Tensor) -> Episodes:
@@ -250,7 +250,7 @@ def test_every_scheme_is_tried_here() -> None:
     assert set(SCHEMES_TRIED) == set(SCHEMES)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------------------------------------
 
 WATCHED = """
 import re, sys, torch

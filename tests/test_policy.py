@@ -364,11 +364,14 @@ def test_the_state_given_is_not_changed(saved) -> None:
         (lambda p: p.act(torch.zeros(3, 7), avail=torch.ones(3, 4)), "avail must be [3, 5], got [3, 4]"),
         (
             lambda p: p.act(torch.zeros(4, 7), slots=torch.tensor([0, 1, 2])),
-            "with slots, obs must be [rows, 7] and slots int64 [rows], got [4, 7]",
+            "slots must be int64 [4] for obs [4, 7], got torch.int64 [3]",
         ),
-        (lambda p: p.act(torch.zeros(2, 2, 7), slots=torch.tensor([[0, 1], [1, 0]])), "with slots, obs must be"),
+        (lambda p: p.act(torch.zeros(2, 2, 7), slots=torch.tensor([[0, 1], [1, 0]])), "obs must be [3, envs, 7]"),
         (lambda p: p.act(torch.zeros(3, 7), slots=torch.tensor([0, 1, 3])), "slot 3 does not exist"),
-        (lambda p: p.act(torch.zeros(3, 7), slots=torch.tensor([0.0, 1, 2])), "slots int64 [rows], got [3, 7] and torch.float32 [3]"),
+        (
+            lambda p: p.act(torch.zeros(3, 7), slots=torch.tensor([0.0, 1, 2])),
+            "slots must be int64 [3] for obs [3, 7], got torch.float32 [3]",
+        ),
         (lambda p: p.act(torch.zeros(3, 7), torch.zeros(2, 6), slots=torch.tensor([0, 1, 2])), "state must be the tensor [3, 6]"),
     ],
 )

@@ -8,6 +8,7 @@ stated as ``optimal_return`` (the sum over agents and steps), and a run takes se
 | ``toy/matrix`` | credit for a joint action | a lower cell of the table |
 | ``toy/specialisation`` | agents that differ | 1/n if deterministic; at most 0.75 for two agents that toss coins |
 | ``toy/memory`` | recurrence | one right answer in ``n_cues``, by luck |
+| ``toy/units`` | units that act by their type | one right order in ``n_types``, by luck |
 
 Every game here ends of itself, so ``truncated`` is always false.
 """
@@ -136,12 +137,72 @@ class MemoryGame(TeamEnv):
         return _with_state(F.one_hot(self._cue, n_cues + 1).float())
 
 
-_GAMES = {"toy/matrix": MatrixGame, "toy/specialisation": Specialisation, "toy/memory": MemoryGame}
+class UnitGame(TeamEnv):
+    """Units of several types must each do what is right for their type; some die on the way.
+
+    Every episode draws a type for each unit. An observation is the type as one-hot, then a flag that is 1 at the second of two steps. A unit
+    of type k earns ``1/n_agents`` by action k at the first step and by action ``k + 1`` (counted round) at the second; each unit but the last
+    dies in between with chance a half. The dead see zeros, have only action 0 and earn nothing. An episode is won if every order was right,
+    and whoever is dead gave none.
+
+    Attributes:
+        optimal_return: What a team that is always right earns over the two steps, on average.
+    """
+
+    def __init__(self, n_envs: int, device: str | torch.device = "cpu", n_agents: int = 3, n_types: int = 3) -> None:
+        for name, value, least in (("n_agents", n_agents, 1), ("n_types", n_types, 2)):
+            if value < least:
+                raise UsageError(f"toy/units: {name} must be at least {least}, got {value}")
+        self.n_envs = n_envs
+        self.device = torch.device(device)
+        self.spec = EnvSpec(n_agents, n_types + 1, n_agents * (n_types + 1), n_types, 2, unit_types=(0, n_types))
+        self.optimal_return = 1 + (1 + (n_agents - 1) / 2) / n_agents
+        self._random = torch.Generator(self.device)
+
+    def reset(self, seed: int) -> Observation:
+        """See ``TeamEnv.reset``."""
+        self._random.manual_seed(seed)
+        return self._begin()
+
+    def step(self, actions: Tensor) -> Step:
+        """See ``TeamEnv.step``."""
+        require_actions(self, actions)
+        right = actions == (self._type + self._clock) % self.spec.n_actions
+        self._won &= (right | ~self._alive).all(dim=0)
+        reward = (right & self._alive) / self.spec.n_agents
+        last = self._clock == 1
+        if not last:
+            self._alive[:-1] &= torch.rand(self._alive[:-1].shape, generator=self._random, device=self.device) < 0.5
+        self._clock += 1
+        after, won = self._observe(), self._won.clone() if last else torch.zeros_like(self._won)
+        ended = torch.full((self.n_envs,), last, device=self.device)
+        return Step(after, self._begin() if last else after, reward, ended, torch.zeros_like(ended), won)
+
+    def _begin(self) -> Observation:
+        """Draws a new team."""
+        self._clock = 0
+        shape = (self.spec.n_agents, self.n_envs)
+        self._type = torch.randint(self.spec.n_actions, shape, generator=self._random, device=self.device)
+        self._alive = torch.ones(shape, dtype=torch.bool, device=self.device)
+        self._won = torch.ones(self.n_envs, dtype=torch.bool, device=self.device)
+        return self._observe()
+
+    def _observe(self) -> Observation:
+        """Type and clock of the living."""
+        types = F.one_hot(self._type, self.spec.n_actions).float()
+        obs = torch.cat([types, torch.full_like(types[..., :1], float(self._clock == 1))], dim=-1) * self._alive[..., None]
+        avail = self._alive[..., None].repeat(1, 1, self.spec.n_actions)
+        avail[..., 0] = True
+        return Observation(obs, obs.transpose(0, 1).flatten(1), avail, self._alive.clone())
+
+
+_GAMES = {"toy/matrix": MatrixGame, "toy/specialisation": Specialisation, "toy/memory": MemoryGame, "toy/units": UnitGame}
 
 TASKS = {
     "toy/matrix": "two agents, one table, one best pair of actions",
     "toy/specialisation": "agents that see the same must act differently",
     "toy/memory": "a cue at the first step is asked for at the last",
+    "toy/units": "units must act by their type, which changes from episode to episode; some die",
 }
 
 
