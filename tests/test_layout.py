@@ -50,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "report"},
     "bench": {
         *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
-        *("artifact", "onnx", "export", "train"),
+        *("artifact", "onnx", "export", "evaluate", "train"),
     },
     "sweep": {"envs", "config", "checkpoint", "evaluate", "report", "train"},
     "commands": {

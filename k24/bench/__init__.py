@@ -1,11 +1,25 @@
 """Speed, always beside its baselines in the same process and never on a wrong result.
 
-``train`` times gradient steps and whole training loops, ``inference`` runs of a net; ``timing`` is how, and ``rivals`` what inference is
-compared with.
+``train`` times gradient steps and whole training loops, ``inference`` runs of a net, ``env`` steps of environments; ``timing`` is how, and
+``rivals`` what inference is compared with.
 """
 
+from k24.bench.env import BenchEnv, bench_env
 from k24.bench.inference import BenchInference, Case, measure, plan, summary
 from k24.bench.timing import header, machine
 from k24.bench.train import BenchTrain, bench_train, stepwise_forward
 
-__all__ = ["BenchInference", "BenchTrain", "Case", "bench_train", "header", "machine", "measure", "plan", "stepwise_forward", "summary"]
+__all__ = [
+    "BenchEnv",
+    "BenchInference",
+    "BenchTrain",
+    "Case",
+    "bench_env",
+    "bench_train",
+    "header",
+    "machine",
+    "measure",
+    "plan",
+    "stepwise_forward",
+    "summary",
+]

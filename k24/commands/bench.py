@@ -165,7 +165,23 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     return lines + [f"{name}: {note}" for name, note in dict.fromkeys((n, t) for row in rows for n, t in row["notes"].items())]
 
 
+def _env(arguments: list[str]) -> None:
+    from k24.bench import BenchEnv, bench_env, header, machine
+
+    options = parse(BenchEnv, arguments, "bench env", description="Time environment steps with a net acting, beside the raw simulator.")
+    print(header(machine(), options.threads))
+    found = bench_env(options)
+    who = f"a {options.sharing} net of {options.hidden} acting" if found["net"] else "random continuous actions"
+    print(f"{options.task}, {options.envs} environments, {options.workers} worker processes")
+    print(f"  {'with ' + who:<36} {found['env_steps_per_s']:>10,} env steps/s")
+    print(f"  {'with random actions':<36} {found['random_steps_per_s']:>10,}")
+    if found["raw_steps_per_s"] is not None:
+        print(f"  {'raw simulator, random actions':<36} {found['raw_steps_per_s']:>10,}   {found['over_raw']:.2f} times as long as that")
+    print(json.dumps(found))
+
+
 KINDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inference": (_inference, "layers and acting steps beside dense torch, ONNX Runtime and our own dense kernel"),
+    "env": (_env, "environment steps with a net acting, beside the raw simulator"),
     "train": (_train, "one whole gradient step beside a dense net unrolled step by step, and whole training loops"),
 }

@@ -4,7 +4,7 @@
 is a module with a table ``TASKS`` (task -> what it is about) and one of two functions: ``make(task, n_envs, device, **kwargs)`` where the
 simulator steps whole batches, ``make_one(task, **kwargs)`` where it is a ``SingleEnv``, of which ``Copies`` runs many. Neither may need the
 simulator to be installed before it is called. A module may also have ``accepts(task)``, for names beyond its table, and
-``missing()``, which says what else a machine lacks. To add a suite, write such a module and name it in ``SUITES``; an environment of your
+``missing(package)``, which says what else a machine lacks. To add a suite, write such a module and name it in ``SUITES``; an environment of your
 own needs none of that: ``make_env("my_package.my_env:make", 32)``, see ``k24.envs.own``.
 """
 
@@ -56,7 +56,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "toy": Suite("k24.envs.toy", None, None, "games of a few steps with a known best return, to test learners"),
-    "mpe": Suite("k24.envs.vmas", "vmas", "vmas", "multi-agent particle environments, simulated in batches by VMAS"),
+    "mpe": Suite("k24.envs.vmas", "vmas", "mpe", "multi-agent particle environments, simulated in batches by VMAS"),
     "vmas": Suite("k24.envs.vmas", "vmas", "vmas", "VMAS's own scenarios, and blind particle spread"),
     "mpe2": Suite("k24.envs.mpe2", "mpe2", "mpe", "Farama's multi-agent particle environments, the reference; slower"),
     "pettingzoo": Suite("k24.envs.pettingzoo", "pettingzoo", "pettingzoo", "any PettingZoo parallel environment, by its import path"),
@@ -64,6 +64,7 @@ SUITES = {
     "rware": Suite("k24.envs.foraging", "rware", "rware", "robotic warehouse"),
     "smax": Suite("k24.envs.smax", "jaxmarl", "smax", "StarCraft-like battles without StarCraft, simulated in batches by JaxMARL"),
     "smacv2": Suite("k24.envs.smacv2", "smacv2", None, "StarCraft II battles; needs the game"),
+    "smac": Suite("k24.envs.smacv2", "smac", None, "SMAC's fixed StarCraft II battles; needs the game"),
     "mamujoco": Suite("k24.envs.mamujoco", "gymnasium_robotics", "mamujoco", "bodies of MuJoCo, their joints shared out among agents"),
 }
 
@@ -172,9 +173,9 @@ def _lacking(suite: Suite, module: ModuleType) -> str | None:
     """What keeps a suite from running here, to stand after a task's name; None where nothing does."""
     if suite.package is not None and importlib.util.find_spec(suite.package) is None:
         return f"needs the package {suite.package!r}, which is not installed: {_how(suite, module)}"
-    return f"can't run here: {module.missing()}" if hasattr(module, "missing") and module.missing() else None
+    return f"can't run here: {module.missing(suite.package)}" if hasattr(module, "missing") and module.missing(suite.package) else None
 
 
 def _how(suite: Suite, module: ModuleType) -> str:
     """How to get what a suite lacks."""
-    return f"pip install 'k24[{suite.extra}]'" if suite.extra is not None else module.missing()
+    return f"pip install 'k24[{suite.extra}]'" if suite.extra is not None else module.missing(suite.package)

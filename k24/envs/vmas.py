@@ -5,8 +5,9 @@ tensors. It also holds the multi-agent particle environments (Lowe et al., NeurI
 
 How it is driven
     The scenario and its world are stepped directly, in the order of ``vmas.simulator.environment.Environment.step``: actions,
-    physics, rewards, observations, done. In a step of simple_spread that class spends two fifths of its time on decoding discrete actions
-    and on saving three random states; here decoding is one table lookup, and a test holds both to the same numbers.
+    physics, rewards, observations, done. That class decodes actions piece by piece and saves three random states; here decoding is one
+    lookup for all agents. Worlds of round bodies are stepped by ``k24.envs.particles``, and a few scenarios are set right or done faster
+    by ``k24.envs.scenarios``. Tests hold all that to the same numbers.
 
 Actions
     VMAS's own discrete actions: none, less or more force on each of two axes, so nine per moving agent (the five of the original
@@ -14,13 +15,13 @@ Actions
     cannot move have only the words: the forces do nothing for them. Whoever has fewer actions than the others has the rest
     unavailable.
 
-Random numbers
-    VMAS draws from torch's global generator. It is swapped for a private one while VMAS runs, and only torch's: no scenario of the tables
-    draws from numpy or from Python.
+    With ``continuous_actions=True`` they are VMAS's continuous ones: one number per input, where 1 is the most the agent can do, then one
+    per word. VMAS's words lie in [0, 1], so -1 stands for 0.
 
-Left out: ``wind_flocking``, which carries the wind on each agent from one episode into the next; ``road_traffic``, which pays the first
-step by the place where the episode before ended, and takes a quarter of a second for each step of 20 cars; and VMAS's debug
-scenarios, which show single features, most without a reward to learn from.
+Random numbers
+    VMAS draws from torch's global generator. It is swapped for a private one while VMAS runs.
+
+Left out are the debug scenarios that pay 0 whatever is done: ``diff_drive``, ``drone``, ``kinematic_bicycle`` and ``pollock``.
 
 ``TASKS`` says which tasks have two sides that play against each other: there, learn from each agent's own reward, for the sum over all
 of them means little.
@@ -32,7 +33,7 @@ import importlib
 import inspect
 import re
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +41,12 @@ from torch import Tensor
 
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.envs.check import require_actions
+from k24.envs.particles import Particles, fits
 from k24.envs.picture import Mark, draw
 from k24.errors import RunError, UsageError, unknown_name
 
 _MPE_LIMIT = 25
 _VMAS_LIMIT = 100
-_ONE_START_FOR_ALL = {"vmas/give_way"}
 
 TASKS = {
     "mpe/simple": "one agent goes to one landmark",
@@ -62,6 +63,13 @@ TASKS = {
     "vmas/ball_trajectory": "keep a ball on a circle",
     "vmas/blind_spread": "go to the landmark of one's own hidden colour",
     "vmas/buzz_wire": "carry a ring along a wire without touching it",
+    "vmas/debug/asym_joint": "turn a stick with one heavy end upright",
+    "vmas/debug/circle_trajectory": "one agent runs round a circle",
+    "vmas/debug/goal": "one agent goes to a goal, its speed under control",
+    "vmas/debug/het_mass": "two agents of unlike hidden mass: one should run, at little cost",
+    "vmas/debug/line_trajectory": "one agent runs along a line",
+    "vmas/debug/vel_control": "three agents whose every move costs",
+    "vmas/debug/waterfall": "a chain of agents reaches for the floor past boxes",
     "vmas/discovery": "cover moving targets, several agents to each",
     "vmas/dispersion": "eat food that lies apart, all at once",
     "vmas/dropout": "one of many goes to the goal, energy is paid by all",
@@ -74,22 +82,77 @@ TASKS = {
     "vmas/navigation": "each to its own goal, lidar against collisions",
     "vmas/passage": "five agents in formation go through a gap",
     "vmas/reverse_transport": "push a box from within",
+    "vmas/road_traffic": "cars keep to their lanes and off each other (slow: half a second for each step of all 20)",
     "vmas/sampling": "visit a field where it is densest",
     "vmas/transport": "push a heavy box to a goal",
     "vmas/wheel": "turn a heavy line at a given speed",
+    "vmas/wind_flocking": "two agents of unlike size fly in each other's lee",
 }
 
 
-class _Moves(NamedTuple):
-    """What each action of one agent means.
+# The inputs of one agent, [E, inputs], and its word, [E, words]; None where it is silent.
+_Deed = tuple[Tensor, Tensor | None]
+
+
+class _Discrete:
+    """Discrete actions, each a row of one table.
 
     Attributes:
-        force: Control inputs, ``[actions, inputs]``.
-        word: One-hot utterance, ``[actions, words]``; None where the agent is silent.
+        counts: Actions of each agent.
     """
 
-    force: Tensor
-    word: Tensor | None
+    def __init__(self, agents: list[Any], dim_c: int) -> None:
+        rows = [_tabulate(agent, dim_c) for agent in agents]
+        self.counts = [len(inputs) for inputs, _ in rows]
+        self._sizes = [inputs.shape[1] for inputs, _ in rows]
+        self._speaks = [words is not None for _, words in rows]
+        most = max(self._sizes)
+        self._inputs = torch.cat([F.pad(inputs, (0, most - inputs.shape[1])) for inputs, _ in rows])
+        self._words = torch.cat([inputs.new_zeros(len(inputs), dim_c) if words is None else words for inputs, words in rows])
+        count = torch.tensor(self.counts, device=self._inputs.device)[:, None]
+        self._count, self._first = count, count.cumsum(0) - count
+
+    def __call__(self, actions: Tensor) -> list[_Deed]:
+        """Looks up ``[A, E]``."""
+        if min(self.counts) < max(self.counts) and bool((actions >= self._count).any()):
+            index, row = next((i, row) for i, row in enumerate(actions) if (row >= self.counts[i]).any())
+            got = f"{int(row.min())} to {int(row.max())}"
+            raise RunError(f"step: agent {index} has actions 0 to {self.counts[index] - 1}, got {got}")
+        rows = (actions + self._first).flatten()
+        inputs = self._inputs.index_select(0, rows).view(*actions.shape, -1).unbind(0)
+        if not any(self._speaks):
+            return [(one[:, :size], None) for one, size in zip(inputs, self._sizes, strict=True)]
+        words = self._words.index_select(0, rows).view(*actions.shape, -1)
+        each = zip(inputs, self._sizes, words, self._speaks, strict=True)
+        return [(one[:, :size], word if speaks else None) for one, size, word, speaks in each]
+
+
+class _Continuous:
+    """Continuous actions: inputs, then words.
+
+    Attributes:
+        counts: Numbers that make up an action of each agent.
+    """
+
+    def __init__(self, agents: list[Any], dim_c: int) -> None:
+        self._sizes = [agent.action_size for agent in agents]
+        starts = [0 if _is_fixed(agent) else agent.action_size for agent in agents]
+        stops = [start if agent.silent else start + dim_c for start, agent in zip(starts, agents, strict=True)]
+        self.counts = stops
+        self._words = list(zip(starts, stops, strict=True))
+        self._most = max(self._sizes)
+
+        def padded(of_each: list[Tensor]) -> Tensor:
+            return torch.stack([F.pad(one, (0, self._most - len(one))) for one in of_each])[:, None]
+
+        self._range = padded([agent.action.u_range_tensor * (start > 0) for start, agent in zip(starts, agents, strict=True)])
+        self._multiplier = padded([agent.action.u_multiplier_tensor for agent in agents])
+
+    def __call__(self, actions: Tensor) -> list[_Deed]:
+        """Stretches ``[A, E, U]``."""
+        inputs = actions[..., : self._most] * self._range * self._multiplier
+        each = zip(inputs, self._sizes, actions, self._words, strict=True)
+        return [(one[:, :size], (row[:, start:stop] + 1) / 2 if start < stop else None) for one, size, row, (start, stop) in each]
 
 
 class _PrivateRandom:
@@ -128,7 +191,15 @@ class VmasEnv(TeamEnv):
         scenario: VMAS's scenario object.
     """
 
-    def __init__(self, task: str, n_envs: int, device: str | torch.device = "cpu", max_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        task: str,
+        n_envs: int,
+        device: str | torch.device = "cpu",
+        max_steps: int | None = None,
+        continuous_actions: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Builds the world.
 
         Args:
@@ -136,6 +207,7 @@ class VmasEnv(TeamEnv):
             n_envs: Parallel environments.
             device: Where tensors live.
             max_steps: Episode limit; 25 in suite ``mpe`` and in ``vmas/blind_spread``, 100 elsewhere where None.
+            continuous_actions: Whether actions are vectors of numbers.
             **kwargs: Options of the scenario, e.g. ``n_agents``.
 
         Raises:
@@ -143,24 +215,31 @@ class VmasEnv(TeamEnv):
         """
         if max_steps is None:
             max_steps = _MPE_LIMIT if task.startswith("mpe/") or task == "vmas/blind_spread" else _VMAS_LIMIT
-        self._task = task
+        if not isinstance(continuous_actions, bool):
+            raise UsageError(f"{task}: continuous_actions must be true or false, got {continuous_actions!r}")
         self.n_envs = n_envs
         self.device = torch.device(device)
         self._random = _PrivateRandom(self.device)
         with self._random:
             self.scenario = _load(task, n_envs, self.device, kwargs)
-            self._restart_all()
-            self._agents = self.scenario.world.policy_agents
+            self.scenario.env_reset_world_at(None)
+            world = self.scenario.world
+            self._agents = world.policy_agents
             seen = [self.scenario.observation(agent) for agent in self._agents]
         if not all(isinstance(one, Tensor) for one in seen):
             raise UsageError(f"{task}: with these options agents observe a {type(seen[0]).__name__}, expected one tensor each")
         sizes = [one.shape[-1] for one in seen]
-        self._moves = [_moves(agent, self.scenario.world.dim_c) for agent in self._agents]
-        counts = [len(moves.force) for moves in self._moves]
-        self.spec = EnvSpec(len(seen), max(sizes), sum(sizes), max(counts), max_steps)
+        self._decode = (_Continuous if continuous_actions else _Discrete)(self._agents, world.dim_c)
+        counts = self._decode.counts
+        self.spec = EnvSpec(len(seen), max(sizes), sum(sizes), max(counts), max_steps, continuous_actions)
+        sides = tuple("adversary" if _is_adversary(agent) else "good" for agent in self._agents)
+        self.sides = sides if len(set(sides)) > 1 else None
+        self._physics = Particles(world) if fits(world) else world
+        # VMAS's default, which builds a tensor of False at every step.
+        self._endless = type(self.scenario).done.__qualname__ == "BaseScenario.done"
         self._padding = [max(sizes) - size for size in sizes]
         self._avail = None
-        if min(counts) < max(counts):
+        if min(counts) < max(counts) and not continuous_actions:
             has = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
             self._avail = has[:, None].expand(-1, n_envs, -1).to(self.device).contiguous()
         self._clock = torch.zeros(n_envs, dtype=torch.int64, device=self.device)
@@ -170,7 +249,7 @@ class VmasEnv(TeamEnv):
         self._random.seed(seed)
         self._clock.zero_()
         with self._random:
-            self._restart_all()
+            self.scenario.env_reset_world_at(None)
             return self._observe()
 
     def step(self, actions: Tensor) -> Step:
@@ -180,12 +259,14 @@ class VmasEnv(TeamEnv):
         with self._random:
             self._act(actions)
             scenario.pre_step()
-            scenario.world.step()
+            self._physics.step()
             scenario.post_step()
             # Scenarios may hand out one tensor for all agents and add to it in place: copy each before asking for the next.
-            reward = torch.stack([scenario.reward(agent).reshape(-1).clone() for agent in self._agents])
+            reward = torch.empty(self.spec.n_agents, self.n_envs, device=self.device)
+            for agent, row in zip(self._agents, reward.unbind(0), strict=True):
+                row.copy_(scenario.reward(agent).reshape(-1))
             after = self._observe()
-            terminated = scenario.done().clone()
+            terminated = torch.zeros_like(self._clock, dtype=torch.bool) if self._endless else scenario.done().clone()
             self._clock += 1
             truncated = (self._clock >= self.spec.episode_limit) & ~terminated
             ended = terminated | truncated
@@ -214,19 +295,11 @@ class VmasEnv(TeamEnv):
         return draw(marks)
 
     def _act(self, actions: Tensor) -> None:
-        """Hands every agent its forces and words."""
-        for index, (agent, moves, row) in enumerate(zip(self._agents, self._moves, actions.unbind(0), strict=True)):
-            try:
-                force = moves.force.index_select(0, row)
-                if agent.action.u_noise > 0:
-                    force += torch.randn_like(force) * agent.u_noise
-                agent.action.u = force
-                if moves.word is not None:
-                    word = moves.word.index_select(0, row)
-                    agent.action.c = word + torch.randn_like(word) * agent.c_noise if agent.c_noise > 0 else word
-            except IndexError as error:
-                got = f"{int(row.min())} to {int(row.max())}"
-                raise RunError(f"step: agent {index} has actions 0 to {len(moves.force) - 1}, got {got}") from error
+        """Hands every agent its inputs and words."""
+        for agent, (inputs, word) in zip(self._agents, self._decode(actions), strict=True):
+            agent.action.u = inputs + torch.randn_like(inputs) * agent.u_noise if agent.u_noise > 0 else inputs
+            if word is not None:
+                agent.action.c = word + torch.randn_like(word) * agent.c_noise if agent.c_noise > 0 else word
         for agent in self.scenario.world.agents:
             self.scenario.env_process_action(agent)
 
@@ -238,19 +311,11 @@ class VmasEnv(TeamEnv):
             seen = [F.pad(one, (0, missing)) for one, missing in zip(seen, self._padding, strict=True)]
         return Observation(torch.stack(seen), state, self._avail)
 
-    def _restart_all(self) -> None:
-        """Begins new episodes everywhere."""
-        self.scenario.env_reset_world_at(None)
-        if self._task in _ONE_START_FOR_ALL:
-            # Reset as a whole, these draw one start and give it to every environment.
-            for index in range(self.n_envs):
-                self.scenario.env_reset_world_at(index)
-
     def _restart(self, ended: Tensor, after: Observation) -> Observation:
         """Begins new episodes where ``ended``, and returns what to act on next."""
         if ended.all():
             self._clock.zero_()
-            self._restart_all()
+            self.scenario.env_reset_world_at(None)
             return self._observe()
         self._clock.masked_fill_(ended, 0)
         for index in ended.nonzero().flatten().tolist():
@@ -271,21 +336,31 @@ def _load(task: str, n_envs: int, device: torch.device, kwargs: dict[str, object
 
     VMAS warns of options that it doesn't know and goes on without them; a misspelt option must not pass.
     """
-    suite, name = task.split("/")
-    own = task == "vmas/blind_spread"
-    module = importlib.import_module("k24.envs.blind_spread" if own else f"vmas.scenarios.{'mpe.' if suite == 'mpe' else ''}{name}")
-    scenario = module.Scenario()
+    path = task.removeprefix("vmas/").replace("/", ".")
+    module = importlib.import_module("k24.envs.blind_spread" if task == "vmas/blind_spread" else f"vmas.scenarios.{path}")
+    changed = importlib.import_module("k24.envs.scenarios").CHANGED
+    scenario = changed.get(task, module.Scenario)()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scenario.env_make_world(n_envs, device, **kwargs)
     if any("not used by the scenario" in str(warning.message) for warning in caught):
         known = set(re.findall(r"kwargs\s*\.(?:pop|get)\(\s*\"(\w+)\"", inspect.getsource(module)))
         strange = next((key for key in kwargs if key not in known), next(iter(kwargs)))
-        raise unknown_name(f"option of {task}", strange, known | {"max_steps"})
+        raise unknown_name(f"option of {task}", strange, known | {"max_steps", "continuous_actions"})
     return scenario
 
 
-def _moves(agent: Any, dim_c: int) -> _Moves:
+def _is_fixed(agent: Any) -> bool:
+    """Whether forces do nothing for it."""
+    return not agent.movable and type(agent.dynamics).__name__ == "Holonomic"
+
+
+def _is_adversary(agent: Any) -> bool:
+    """VMAS's football names its second team and marks it in no other way."""
+    return agent.adversary or agent.name.startswith("agent_red")
+
+
+def _tabulate(agent: Any, dim_c: int) -> _Deed:
     """Tabulates an agent's discrete actions, as VMAS numbers them: the last axis, or the word, runs fastest.
 
     An axis with an odd number of levels has "none" first, then the rest from the least to the most.
@@ -297,10 +372,10 @@ def _moves(agent: Any, dim_c: int) -> _Moves:
             middle = levels // 2
             level = torch.cat([level[middle : middle + 1], level[:middle], level[middle + 1 :]])
         axes.append(level / (levels - 1) * (2 * most) - most)
-    force = torch.cartesian_prod(*axes).reshape(-1, len(axes)) * agent.action.u_multiplier_tensor
-    if not agent.movable and type(agent.dynamics).__name__ == "Holonomic":
-        force = torch.zeros_like(force[:1])
+    inputs = torch.cartesian_prod(*axes).reshape(-1, len(axes)) * agent.action.u_multiplier_tensor
+    if _is_fixed(agent):
+        inputs = torch.zeros_like(inputs[:1])
     if agent.silent or dim_c == 0:
-        return _Moves(force, None)
-    words = torch.eye(dim_c, device=force.device)
-    return _Moves(force.repeat_interleave(dim_c, dim=0), words.repeat(len(force), 1))
+        return inputs, None
+    words = torch.eye(dim_c, device=inputs.device)
+    return inputs.repeat_interleave(dim_c, dim=0), words.repeat(len(inputs), 1)
