@@ -7,18 +7,13 @@ interrupted. Errors are one line on stderr.
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
-
-import tyro
-from tyro.conf import Positional
 
 from k24.commands.bench import bench_command
-from k24.commands.options import HelpShown, parse
+from k24.commands.envs import check_env_command, tasks_command
+from k24.commands.options import HelpShown
 from k24.commands.policies import eval_command, export_command, inspect_command
 from k24.commands.train import Interrupted, train_command
 from k24.errors import K24Error, unknown_name
@@ -80,47 +75,12 @@ def _usage() -> str:
     return "\n".join([*lines, "", "'k24 COMMAND --help' tells a command's options."])
 
 
-@dataclass(frozen=True)
-class TasksOptions:
-    """List tasks."""
-
-
-def _tasks(arguments: list[str]) -> None:
-    parse(TasksOptions, arguments, "tasks", description="List what can be run here, and what the rest needs.")
-    from k24.envs import list_tasks
-
-    rows = list_tasks()
-    width = max(len(row.task) for row in rows)
-    for row in rows:
-        print(f"{row.task:<{width}}  {'ready' if row.available else 'needs: ' + row.how}")
-
-
-@dataclass(frozen=True)
-class CheckEnvOptions:
-    """Check an environment."""
-
-    task: Annotated[Positional[str], tyro.conf.arg(metavar="TASK")]
-    """Task, as suite/name."""
-
-
-def _check_env(arguments: list[str]) -> None:
-    options = parse(
-        CheckEnvOptions, arguments, "check-env", description="Check that an environment keeps the contract of k24.envs.TeamEnv."
-    )
-    from k24.envs import check_env, make_env
-
-    checks = check_env(lambda: make_env(options.task, 4))
-    for check in checks:
-        print(f"ok  {check}")
-    print(json.dumps({"ok": True, "checks": [str(c) for c in checks]}))
-
-
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train_command, "train a team on a task"),
     "eval": (eval_command, "play a trained policy"),
     "export": (export_command, "write a trained policy into one file"),
     "inspect": (inspect_command, "look at the masks of a run or a policy"),
-    "tasks": (_tasks, "list tasks"),
-    "check-env": (_check_env, "check an environment against the contract"),
+    "tasks": (tasks_command, "list tasks"),
+    "check-env": (check_env_command, "check an environment against the contract"),
     "bench": (bench_command, "measure speed"),
 }

@@ -134,8 +134,8 @@ class Policy:
             state: What the call before returned; None at the start of an episode. Where environments end at different times, those that
                 begin anew are reset by ``state[:, done] = 0``.
             avail: bool, which actions can be taken, as ``obs`` with ``n_actions`` in place of ``obs_dim``; a row without any gets action 0.
-            slots: int64, of the shape of ``obs`` without ``obs_dim``: whose policy each row follows (units of several types); negative for a
-                row that counts for nothing. Not needed where the policy reads it from the observation (``spec.slots``).
+            slots: int64, of the shape of ``obs`` without ``obs_dim``: whose policy each row follows (units of several types); negative for
+                a row that counts for nothing. Not needed where the policy reads it from the observation (``spec.slots``).
 
         Returns:
             Actions, int64 of the shape of ``obs`` without ``obs_dim``, an array where ``obs`` was none of torch's; and the next state.

@@ -244,7 +244,8 @@ def test_help_version_and_lists(capfd):
         (["--help"], "usage: k24 COMMAND"),
         (["-h"], "usage: k24 COMMAND"),
         (["--version"], "k24 "),
-        (["tasks"], "mpe/simple_spread"),
+        (["tasks"], "lbf/"),
+        (["tasks", "mpe"], "mpe/simple_spread  "),
         (["bench"], "usage: k24 bench"),
         *(([name, "--help"], f"k24 {name}") for name in cli.COMMANDS),
     ):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from k24.envs import EnvSpec, Observation, Outcome, SingleEnv, View, check_env, worker
+from k24.envs import EnvSpec, Outcome, SingleEnv, View, check_env, worker
 from k24.envs.batch import episode_seed
 from k24.envs.copies import Copies
 from k24.errors import RunError, UsageError
@@ -77,6 +77,8 @@ class Walk(SingleEnv):
 
     def trouble(self) -> None:
         file = self.folder / "trouble"
+        if not file.exists():
+            return
         kind = file.read_text()
         if kind != "exit":
             file.unlink()
@@ -254,10 +256,19 @@ def test_every_episode_of_every_copy_has_a_seed_of_its_own():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"fault": "long"}, r"walk: reset: expected 2 observations, each a vector of at most obs_dim \(=2\) features, got shapes \[\[3\], \[2\]\]"),
-        ({"fault": "state dim"}, r"expected a state, or a state_dim \(=2\) that is the sum of all observations' features \(=5\), got neither"),
+        (
+            {"fault": "long"},
+            r"walk: reset: expected 2 observations, each a vector of at most obs_dim \(=2\) features, got shapes \[\[3\], ",
+        ),
+        (
+            {"fault": "state dim"},
+            r"expected a state, or a state_dim \(=2\) that is the sum of all observations' features \(=5\)",
+        ),
         ({"give": ("avail",), "continuous": True}, r"expected avail to be None where actions are continuous, got int8 \[2, 2\]"),
-        ({"fault": "few"}, r"walk: step: expected 2 observations, one per agent, got 1 \(environment 0, step 2 of its episode\); check it with"),
+        (
+            {"fault": "few"},
+            r"walk: step: expected 2 observations, one per agent, got 1 \(environment 0, step 2 of its episode\); ",
+        ),
         ({"fault": "shrinks"}, r"the observation of agent 1 to be a vector of 2 features, as before, got float64 \[1\]"),
         ({"fault": "flat"}, r"the observation of agent 1 to be a vector of 2 features, as before, got float \[\]"),
         ({"fault": "deep"}, r"the observation of agent 1 to be a vector of 2 features, as before, got float64 \[2, 1\]"),
@@ -294,9 +305,9 @@ def test_pictures():
     assert torch.equal(env.render(), torch.full((4, 5, 3), 2, dtype=torch.uint8))
     assert walks().render() is None
     with pytest.raises(RunError, match=r"walk: render: expected uint8 \[height, width, 3\] or None, got float64 \[4, 5, 3\]"):
-        play_and_render = walks(give=("picture",), fault="picture")
-        play_and_render.reset(0)
-        play_and_render.render()
+        grey = walks(give=("picture",), fault="picture")
+        grey.reset(0)
+        grey.render()
     with pytest.raises(RunError, match="walk: render: OSError: no display"):
         walks(fault="raise in render").render()
 
@@ -354,8 +365,8 @@ def in_peace() -> Copies:
     return walks(give=("avail", "picture"))
 
 
-def trouble_at(env: Copies, step: int) -> list:
-    """What ``play`` does, with copy 3 in trouble at one step, in which it does no harm but by the trouble."""
+def play_into_trouble(env: Copies, step: int = 4) -> list:
+    """A reset and 9 steps, with the action that asks for trouble by copy 3 at one of them."""
     chooser = torch.Generator().manual_seed(7)
     seen: list = [env.reset(1)]
     for now in range(9):
@@ -366,17 +377,144 @@ def trouble_at(env: Copies, step: int) -> list:
     return seen
 
 
-def test_results_do_not_depend_on_the_number_of_workers(troubled):
-    expected = [play(in_peace(), seed, 20) for seed in (0, 1)]
-    assert not same(*expected)
-    alone = walks(workers=1, give=("avail", "picture"))
-    for env in (troubled[0], alone):
-        assert same([play(env, seed, 20) for seed in (0, 1)], expected) if False else all(
-            same(play(env, seed, 20), one) for seed, one in enumerate(expected)
-        )
-    alone.close()
+def process(env: Copies, index: int) -> subprocess.Popen:
+    """That of a worker."""
+    return env._runner._workers[index]._process  # type: ignore[union-attr, return-value]
 
 
 def test_workers_keep_the_contract(troubled):
     env, _ = troubled
-    assert set(check_env(env)) >= {"auto-reset", "last reward", "same seed, same episodes", "returned tensors stay", "render"}
+    passed = check_env(env)
+    assert set(passed) >= {"auto-reset", "last reward", "same seed, same episodes", "returned tensors stay", "render"}
+
+
+def test_results_do_not_depend_on_the_number_of_workers(troubled):
+    kwargs = {"give": ("avail", "picture")}
+    three = walks(workers=3, **kwargs)
+    for seed in (0, 1):
+        expected = play(walks(**kwargs), seed, 20)
+        assert same(play(troubled[0], seed, 20), expected)
+        assert same(play(three, seed, 20), expected)
+    three.close()
+
+
+@pytest.mark.parametrize(("workers", "continuous"), [(1, False), (9, True)])
+def test_one_worker_or_more_than_copies_and_all_kinds_of_actions(workers, continuous):
+    kwargs = {"sizes": (2, 3, 1), "give": ("alive", "state", "won"), "continuous": continuous, "ends": 2.0}
+    env = walks(2, workers=workers, **kwargs)
+    assert len(env._runner._workers) == min(workers, 2) and env.sides == ("right", "left", "right")
+    assert same(play(env, 3, 12), play(walks(2, **kwargs), 3, 12))
+    env.close()
+
+
+def test_a_killed_worker_is_restored_to_the_bit(troubled, caplog):
+    env, _ = troubled
+    before = env.restarts
+    expected = play(in_peace(), 2, 20)
+    chooser = torch.Generator().manual_seed(7)
+    seen: list = [env.reset(2)]
+    for now in range(20):
+        if now == 15:
+            dead = process(env, 1).pid
+            os.kill(dead, signal.SIGKILL)
+        seen.append(env.step(torch.randint(3, (2, 5), generator=chooser)))
+    assert same(seen, expected)
+    assert env.restarts == before + 1
+    (record,) = caplog.records
+    assert record.name == "k24" and record.levelno == logging.WARNING
+    assert record.getMessage() == f"walk: worker 1 (process {dead}) was killed by SIGKILL; started again, 3 environments restored"
+
+
+def test_a_worker_that_ends_within_a_step_is_restored_to_the_bit(troubled, caplog):
+    env, folder = troubled
+    (folder / "trouble").write_text("exit once")
+    before = env.restarts
+    assert same(play_into_trouble(env), play_into_trouble(in_peace()))
+    assert env.restarts == before + 1
+    assert "ended with exit status 3; started again, 3 environments restored" in caplog.text
+
+
+def test_a_worker_that_hangs_is_ended_and_restored_to_the_bit(troubled, caplog, monkeypatch):
+    env, folder = troubled
+    (folder / "trouble").write_text("hang once")
+    start = worker.Worker.start
+    # Little patience until it hangs, and enough again for its successor to start.
+    monkeypatch.setattr(worker, "PATIENCE", 2.0)
+    monkeypatch.setattr(worker.Worker, "start", lambda self: (setattr(worker, "PATIENCE", 300.0), start(self)))
+    assert same(play_into_trouble(env), play_into_trouble(in_peace()))
+    assert "gave no answer for 2 s; started again, 3 environments restored" in caplog.text
+
+
+def test_an_exception_in_a_worker_says_where_and_a_reset_goes_on(troubled):
+    env, folder = troubled
+    (folder / "trouble").write_text("raise once")
+    before = env.restarts
+    with pytest.raises(RunError, match=rf"^walk: step: ValueError: a wheel came off \({__file__}:\d+\) \(environment 3\)$"):
+        play_into_trouble(env)
+    with pytest.raises(RunError, match="expected running episodes"):
+        env.step(torch.zeros(2, 5, dtype=torch.int64))
+    assert same(play(env, 0, 5), play(in_peace(), 0, 5))
+    assert env.restarts == before
+
+
+def test_an_episode_that_does_not_go_the_same_way_again_is_cut_off(troubled, caplog):
+    env, folder = troubled
+    (folder / "noise").touch()
+    actions = torch.zeros(2, 5, dtype=torch.int64)
+    env.reset(0)
+    env.step(actions)
+    last = env.step(actions)
+    assert not (last.terminated | last.truncated).any()
+    process(env, 1).kill()
+    step = env.step(actions)
+    (folder / "noise").unlink()
+    assert step.truncated.tolist() == [False, False, True, True, True] and not step.terminated.any()
+    assert (step.reward[:, 2:] == 0).all() and (step.reward[:, :2] != 0).all()
+    for after, seen, current in zip(*((one.obs, one.avail) for one in (step.after, last.current, step.current)), strict=True):
+        assert torch.equal(after[:, 2:], seen[:, 2:]) and torch.equal(after[:, :2], current[:, :2])
+    fresh = [Walk().reset(episode_seed(0, copy, 1)).obs[0][0] for copy in (2, 3, 4)]
+    torch.testing.assert_close(step.current.obs[0, 2:, 0], torch.tensor(np.array(fresh, np.float32)), rtol=0, atol=0)
+    assert "3 environments restored, 3 of them cut short as they did not go the same way again" in caplog.text
+    following = [env.step(actions) for _ in range(6)]
+    assert [one.truncated.tolist() for one in following[:4]] == [[False] * 5] * 2 + [[True] * 2 + [False] * 3] + [[False] * 5]
+    assert following[5].truncated.tolist() == [False] * 2 + [True] * 3
+
+
+def test_a_worker_that_always_ends_is_given_up(troubled):
+    env, folder = troubled
+    (folder / "trouble").write_text("exit")
+    with pytest.raises(RunError, match=r"walk: step: worker 1 \(process \d+\) ended with exit status 3, the last of 3 in a row; fewer env"):
+        play_into_trouble(env)
+    (folder / "trouble").unlink()
+    assert same(play(env, 0, 5), play(in_peace(), 0, 5)), "a reset starts it again"
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "message"),
+    [("usage", UsageError, r"^unknown option of usage 'colour'$"), ("import", ImportError, r"^no module named 'pacman'$")],
+)
+def test_errors_of_making_keep_their_kind_from_a_worker(task, kind, message):
+    with pytest.raises(kind, match=message):
+        Copies(__name__, task, {}, 2, workers=1)
+
+
+def test_options_that_can_not_be_sent_are_refused():
+    with pytest.raises(UsageError, match=r"walk: expected options that can be sent to workers, got .*; use workers=0"):
+        walks(workers=1, give=lambda: None)
+
+
+def test_nothing_is_left_when_the_parent_is_killed(tmp_path):
+    code = (
+        f"import sys, torch; from k24.envs.copies import Copies; env = Copies({__name__!r}, 'walk', {{'chatty': True}}, 2, workers=2);"
+        "env.reset(0); env.step(torch.zeros(2, 2, dtype=torch.int64)); print('ready', flush=True); sys.stdin.read()"
+    )
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes) as parent:
+        assert parent.stdout.readline() == "ready\n", "what simulators print does not come first"
+        parent.kill()
+        # Ends only when the last process that can write to these is gone.
+        out, err = parent.communicate(timeout=60)
+    assert out == "" and err.count("the simulator talks") == 2
+    assert list(tmp_path.iterdir()) == []

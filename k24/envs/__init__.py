@@ -4,8 +4,8 @@
 is a module with a table ``TASKS`` (task -> what it is about) and one of two functions: ``make(task, n_envs, device, **kwargs)`` where the
 simulator steps whole batches, ``make_one(task, **kwargs)`` where it is a ``SingleEnv``, of which ``Copies`` runs many. Neither may need the
 simulator to be installed before it is called. A module may also have ``accepts(task)``, for names beyond its table, and
-``missing(package)``, which says what else a machine lacks. To add a suite, write such a module and name it in ``SUITES``; an environment of your
-own needs none of that: ``make_env("my_package.my_env:make", 32)``, see ``k24.envs.own``.
+``missing(package)``, which says what else a machine lacks. To add a suite, write such a module and name it in ``SUITES``. An environment of
+your own needs none of that: ``make_env("my_package.my_env:make", 32)``, see ``k24.envs.own``.
 """
 
 from __future__ import annotations
@@ -77,12 +77,14 @@ class TaskRow(NamedTuple):
         suite: The suite alone.
         available: Whether what it needs is installed.
         how: The command that trains on it, or the one that installs what is missing.
+        about: One line for people.
     """
 
     task: str
     suite: str
     available: bool
     how: str
+    about: str
 
 
 def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", workers: int | None = None, **kwargs: object) -> TeamEnv:
@@ -140,7 +142,8 @@ def list_tasks() -> list[TaskRow]:
         module = importlib.import_module(suite.module)
         available = _lacking(suite, module) is None
         for task in _tasks_of(name, module):
-            rows.append(TaskRow(task, name, available, f"k24 train {task}" if available else _how(suite, module)))
+            how = f"k24 train {task}" if available else _how(suite, module)
+            rows.append(TaskRow(task, name, available, how, module.TASKS[task]))
     return rows
 
 

@@ -140,10 +140,10 @@ class MemoryGame(TeamEnv):
 class UnitGame(TeamEnv):
     """Units of several types must each do what is right for their type; some die on the way.
 
-    Every episode draws a type for each unit. An observation is the type as one-hot, then a flag that is 1 at the second of two steps. A unit
-    of type k earns ``1/n_agents`` by action k at the first step and by action ``k + 1`` (counted round) at the second; each unit but the last
-    dies in between with chance a half. The dead see zeros, have only action 0 and earn nothing. An episode is won if every order was right,
-    and whoever is dead gave none.
+    Every episode draws a type for each unit. An observation is the type as one-hot, then a flag that is 1 at the second of two steps. A
+    unit of type k earns ``1/n_agents`` by action k at the first step and by action ``k + 1`` (counted round) at the second. Between, each
+    unit but the last dies with chance a half. The dead see zeros, have only action 0 and earn nothing. An episode is won if all that the
+    living did was right.
 
     Attributes:
         optimal_return: What a team that is always right earns over the two steps, on average.

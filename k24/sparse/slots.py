@@ -39,8 +39,8 @@ class SlotRule(NamedTuple):
 
     Attributes:
         n_slots: Slots (A).
-        of: Takes observations ``[agents, ..., D]`` and returns each row's slot, int64 ``[agents, ...]``, negative for a row of none. Without
-            it the slot is the agent's index.
+        of: Takes observations ``[agents, ..., D]`` and returns each row's slot, int64 ``[agents, ...]``, negative for a row of none.
+            Without it the slot is the agent's index.
         unit_types: The features that :func:`by_unit_type` reads; None for any other rule.
     """
 
