@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +29,39 @@ def test_every_suite_lists_tasks_and_says_how_to_get_them():
     assert len({row.task for row in rows}) == len(rows)
     for row in rows:
         assert row.task.startswith(f"{row.suite}/")
-        assert row.how == f"k24 train {row.task}" if row.available else row.how.startswith("pip install 'k24[")
+        assert row.about
+        if row.available:
+            assert row.how == f"k24 train {row.task}"
+        elif SUITES[row.suite].extra is not None:
+            assert row.how == f"pip install 'k24[{SUITES[row.suite].extra}]'"
+        else:
+            assert "https://github.com/oxwhirl/" in row.how or "SC2PATH" in row.how
+
+
+def test_every_extra_of_a_suite_is_one_of_the_package():
+    """And `envs` has them all."""
+    with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    named = {suite.extra for suite in SUITES.values() if suite.extra is not None}
+    assert named <= set(extras)
+    assert set(re.search(r"\[(.*)\]", extras["envs"][0])[1].split(",")) == named
 
 
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
+        (
+            "no_such_module:make",
+            {},
+            "no_such_module:make: the module 'no_such_module' does not import (ModuleNotFoundError: No module named 'no_such_module')",
+        ),
+        ("my env:make", {}, "'my env:make' is no import path: expected package.module:function, for example my_package.my_env:make"),
+        ("lbf/8x8-2p-2f-cop", {}, "unknown task 'lbf/8x8-2p-2f-cop': did you mean 'lbf/8x8-2p-2f-coop'?"),
+        ("rware/tiny-2agg", {}, "unknown task 'rware/tiny-2agg': did you mean 'rware/tiny-2ag'?"),
+        ("smax/4m", {}, "unknown task 'smax/4m': did you mean 'smax/8m'?"),
+        ("smacv2/teran_5_vs_5", {}, "unknown task 'smacv2/teran_5_vs_5': did you mean 'smacv2/terran_5_vs_5'?"),
+        ("mamujoco/Ant-4x3", {}, "unknown task 'mamujoco/Ant-4x3': did you mean 'mamujoco/Ant-4x2'?"),
+        ("toy/memory", {"workers": -1}, "toy/memory: workers must be a whole number of at least 0, got -1"),
         ("simple_spread", {}, "unknown task 'simple_spread': did you mean 'mpe/simple_spread'?"),
         ("mpee/simple_spread", {}, "unknown environment suite 'mpee': did you mean 'mpe'?"),
         ("toy/matrx", {}, "unknown task 'toy/matrx': did you mean 'toy/matrix'?"),
@@ -76,11 +106,12 @@ def test_missing_package_names_the_command(monkeypatch):
 def test_importing_k24_envs_and_listing_tasks_loads_no_simulator():
     code = (
         "import json, sys, k24.envs as envs; listed = len(envs.list_tasks()); envs.make_env('toy/matrix', 2);"
-        "print(json.dumps([listed, sorted({'vmas', 'mpe2', 'pettingzoo', 'gymnasium', 'gym', 'pygame', 'pyglet'} & set(sys.modules))]))"
+        "print(json.dumps([listed, sorted(set(%r) & set(sys.modules))]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    simulators = ["vmas", "mpe2", "pettingzoo", "gymnasium", "gym", "pygame", "pyglet", "jax", "jaxmarl", "mujoco", "lbforaging", "rware"]
+    out = subprocess.run([sys.executable, "-c", code % simulators], capture_output=True, text=True, check=True).stdout
     listed, loaded = json.loads(out)
-    assert listed > 30
+    assert listed > 100
     assert loaded == []
 
 

@@ -281,8 +281,8 @@ class _Crew:
         except BaseException:
             worker.end(0.0)  # half restored is worse than gone
             raise
-        unlike = f", {lost} of them cut short as they did not go the same way again" if lost else ""
-        _log.warning("%s: %s; started again, %d environments restored%s", self._task, how, len(worker.copies), unlike)
+        unlike = f", cut short as they did not go the same way again: {lost}" if lost else ""
+        _log.warning("%s: %s; started again, environments restored: %d%s", self._task, how, len(worker.copies) - lost, unlike)
 
     def _since(self, copy: int) -> np.ndarray:
         """Actions since the episode of a copy began, ``[T, A]`` or ``[T, A, U]``."""

@@ -90,7 +90,7 @@ class TupleTeam(SingleEnv):
     def step(self, actions: np.ndarray) -> Outcome:
         """See ``SingleEnv.step``."""
         seen, rewards, terminated, truncated, _ = self.env.step(actions.tolist())
-        return Outcome(View([one.reshape(-1) for one in seen]), [reward * self._share for reward in rewards], terminated, truncated)
+        return Outcome(View([one.reshape(-1) for one in seen]), [reward * self._share for reward in rewards], bool(terminated), truncated)
 
     def render(self) -> np.ndarray:
         """The grid from above, uint8 ``[320, 320, 3]``; the packages' own viewers need a display."""

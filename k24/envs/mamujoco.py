@@ -120,7 +120,8 @@ def make_one(task: str, max_steps: int | None = None, agent_obsk: int = 1, **kwa
         from gymnasium_robotics import mamujoco_v1
 
         single, limit = _single(task, body, part, kwargs)
-        # Only that: it would also make the body, but one that checks each step, and a file in its own folder for those of many segments.
+        # It would make a body itself, but in wrappers, and those of many segments from a file in its own folder, which processes that
+        # start at once would write and remove under each other's hands.
         team = mamujoco_v1.parallel_env(body, part, agent_obsk, _joint_each(body, part), gym_env=single)
     return Body(ParallelTeam(team, max_steps or limit, steady=True))
 

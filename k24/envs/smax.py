@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import random
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -66,9 +67,8 @@ class _Battle(NamedTuple):
     """All that is to know of an environment between two steps; a JAX tree."""
 
     key: Any  # uint32 [2], what its random numbers come from
-    units: Any  # SMAX's state
-    enemy: Any  # the heuristic's memory
-    enemy_obs: Any  # what it sees: SMAX computes that along with the allies' observations
+    state: Any  # HeuristicEnemySMAX's: that of the units, and what the enemies remember
+    enemy_obs: Any  # what the enemies see
 
 
 class _Sight(NamedTuple):
@@ -83,24 +83,23 @@ class _Sight(NamedTuple):
 _BATCH_AXES = _Sight(1, 0, 1, 1)
 
 
-class _Programs(NamedTuple):
+class _Program(NamedTuple):
     """What runs a task, for any number of environments.
 
     Attributes:
         spec: Sizes and limits.
         size: Width and height of the map.
         radii: Of each type of unit.
-        blank: ``n_envs -> battles, sight``, both zeros.
-        advance: ``battles, actions [A, E] -> battles, sight, reward, terminated, truncated, won``.
-        restart: ``battles, sight, ended [E] -> battles, sight``, with new episodes where ``ended``.
+        blank: ``n_envs -> battles``, with nobody alive.
+        step: ``battles, actions [A, E], anew -> battles, after, current, reward, terminated, truncated, won``. With ``anew`` all episodes
+            start anew, and only ``current`` means anything.
     """
 
     spec: EnvSpec
     size: tuple[float, float]
     radii: np.ndarray
-    blank: Callable[[int], tuple[_Battle, _Sight]]
-    advance: Callable[..., tuple[Any, ...]]
-    restart: Callable[..., tuple[_Battle, _Sight]]
+    blank: Callable[[int], _Battle]
+    step: Callable[[_Battle, np.ndarray, bool], tuple[Any, ...]]
 
 
 class SmaxEnv(TeamEnv):
@@ -124,40 +123,40 @@ class SmaxEnv(TeamEnv):
         mode = kwargs.get("attack_mode", _ATTACK_MODES[0])
         if mode not in _ATTACK_MODES:
             raise UsageError(f"{task}: attack_mode must be {' or '.join(_ATTACK_MODES)}, got {mode!r}")
-        self._programs = _programs(task, tuple(sorted(kwargs.items())))
-        self.spec = self._programs.spec
+        self._program = _write_program(task, tuple(sorted(kwargs.items())))
+        self.spec = self._program.spec
         self.n_envs = n_envs
         self.device = torch.device(device)
-        self._battles, _ = self._programs.blank(n_envs)
+        self._blank = self._battles = self._program.blank(n_envs)
 
     def reset(self, seed: int) -> Observation:
         """See ``TeamEnv.reset``."""
         keys = np.random.SeedSequence(seed).generate_state(2 * self.n_envs).reshape(self.n_envs, 2)
-        blank, sight = self._programs.blank(self.n_envs)
-        self._battles, sight = self._programs.restart(blank._replace(key=keys), sight, np.ones(self.n_envs, dtype=bool))
-        return self._observation(sight)
+        idle = np.zeros((self.spec.n_agents, self.n_envs), dtype=np.int32)
+        self._battles, _, current, *_ = self._program.step(self._blank._replace(key=keys), idle, True)
+        return self._observation(current)
 
     def step(self, actions: Tensor) -> Step:
         """See ``TeamEnv.step``."""
         require_actions(self, actions)
         orders = actions.to("cpu", torch.int32).numpy()
-        self._battles, sight, *outcome = self._programs.advance(self._battles, orders)
-        reward, terminated, truncated, won = (self._tensor(one) for one in outcome)
-        after = current = self._observation(sight)
-        ended = terminated | truncated
-        if ended.any():
-            self._battles, sight = self._programs.restart(self._battles, sight, ended.cpu().numpy())
-            current = self._observation(sight)
-        return Step(after, current, reward, terminated, truncated, won)
+        self._battles, after, current, reward, terminated, truncated, won = self._program.step(self._battles, orders, False)
+        ended = np.asarray(terminated) | np.asarray(truncated)
+        seen = self._observation(after)
+        return Step(
+            seen,
+            self._observation(current) if ended.any() else seen,
+            *(self._tensor(one) for one in (reward, terminated, truncated, won)),
+        )
 
     def render(self) -> Tensor:
         """The units alive in environment 0 (allies blue, enemies red), uint8 ``[320, 320, 3]``."""
-        units = self._battles.units
-        width, height = self._programs.size
+        units = self._battles.state.state
+        width, height = self._program.size
         marks = []
         for index, (x, y) in enumerate(np.asarray(units.unit_positions)[0].tolist()):
             if np.asarray(units.unit_alive)[0, index]:
-                radius = float(self._programs.radii[np.asarray(units.unit_types)[0, index]])
+                radius = float(self._program.radii[np.asarray(units.unit_types)[0, index]])
                 colour = _BLUE if index < self.spec.n_agents else _RED
                 marks.append(Mark((x - width / 2, y - height / 2), (radius, radius), colour, outline=True))
         return draw(marks, least_span=max(width, height) / 2)
@@ -177,8 +176,8 @@ def make(task: str, n_envs: int, device: str | torch.device = "cpu", **kwargs: A
 
 
 @cache
-def _programs(task: str, options: tuple[tuple[str, Any], ...]) -> _Programs:
-    """Writes the programs of a task; JAX compiles them for each number of environments, when first called."""
+def _write_program(task: str, options: tuple[tuple[str, Any], ...]) -> _Program:
+    """Writes the program of a task; JAX compiles it for each number of environments, when first called."""
     jax, smax = _import_jaxmarl()
     jnp = jax.numpy
     env = smax.HeuristicEnemySMAX(scenario=smax.map_name_to_scenario(task.removeprefix("smax/")), **dict(options))
@@ -189,90 +188,86 @@ def _programs(task: str, options: tuple[tuple[str, Any], ...]) -> _Programs:
         kept, used = jax.random.split(jax.random.wrap_key_data(key, impl="threefry2x32"))
         return jax.random.key_data(kept), used
 
+    def of_allies(of_agent: dict[str, Any]) -> Any:
+        return jnp.stack([of_agent[name] for name in env.agents])
+
+    def of_enemies(of_agent: dict[str, Any]) -> Any:
+        return jnp.stack([of_agent[name] for name in env.enemy_agents])
+
     def look(state: Any, obs: dict[str, Any]) -> _Sight:
         """What the allies of one environment see."""
-        avail = env.get_avail_actions(state)
-        return _Sight(
-            jnp.stack([obs[name] for name in env.agents]),
-            obs["world_state"],
-            jnp.stack([avail[name] for name in env.agents]) != 0,
-            state.state.unit_alive[:n_allies],
-        )
-
-    def look_as_enemy(obs: dict[str, Any]) -> Any:
-        """What its enemies see."""
-        return jnp.stack([obs[name] for name in env.enemy_agents])
+        avail = of_allies(env.get_avail_actions(state)) != 0
+        return _Sight(of_allies(obs), obs["world_state"], avail, state.state.unit_alive[:n_allies])
 
     def begin(key: Any) -> tuple[_Battle, _Sight]:
         """A new episode of one environment."""
         key, used = draw_key(key)
         obs, state = env.reset(used)
-        enemy_obs = look_as_enemy(env.get_obs_unit_list(state.state))
-        return _Battle(key, state.state, state.enemy_policy_state, enemy_obs), look(state, obs)
+        return _Battle(key, state, of_enemies(env.get_obs_unit_list(state.state))), look(state, obs)
 
-    def advance_one(battle: _Battle, orders: Any) -> tuple[Any, ...]:
-        """One step of one environment: SMAX's ``step_env``, with the enemies' observations of the step before instead of new ones."""
+    def advance(battle: _Battle, orders: Any) -> tuple[Any, ...]:
+        """One step of one environment: SMAX's ``step_env``, but the enemies' observations are those of the last step, not made again."""
         key, used = draw_key(battle.key)
         used, for_enemy = jax.random.split(used)
-        enemy_orders, enemy = env.get_enemy_actions(for_enemy, battle.enemy, battle.enemy_obs)
-        orders = jnp.concatenate([orders, look_as_enemy(enemy_orders)])
-        obs, units, reward, _, _ = env.step_env_no_decode(used, battle.units, env._decode_discrete_actions(orders))
+        enemy_orders, enemy = env.get_enemy_actions(for_enemy, battle.state.enemy_policy_state, battle.enemy_obs)
+        orders = env._decode_discrete_actions(jnp.concatenate([orders, of_enemies(enemy_orders)]))
+        obs, units, rewards, _, _ = env.step_env_no_decode(used, battle.state.state, orders)
+        state = battle.state.replace(state=units, enemy_policy_state=enemy)
         alive, enemy_alive = units.unit_alive[:n_allies].any(), units.unit_alive[n_allies:].any()
         terminated = ~(alive & enemy_alive)
-        sight = look(smax.heuristic_enemy_smax_env.State(units, enemy), obs)
-        shares = jnp.stack([reward[name] for name in env.agents]) / n_allies
-        battle = _Battle(key, units, enemy, look_as_enemy(obs))
-        return battle, sight, shares, terminated, units.done & ~terminated, alive & ~enemy_alive
+        outcome = of_allies(rewards) / n_allies, terminated, units.done & ~terminated, alive & ~enemy_alive
+        return _Battle(key, state, of_enemies(obs)), look(state, obs), *outcome
 
-    def advance(battles: _Battle, actions: Any) -> tuple[Any, ...]:
-        return jax.vmap(advance_one, in_axes=(0, 1), out_axes=(0, _BATCH_AXES, 1, 0, 0, 0))(battles, actions)
-
-    def restart(battles: _Battle, sight: _Sight, ended: Any) -> tuple[_Battle, _Sight]:
+    def begin_where(ended: Any, battles: _Battle, sight: _Sight) -> tuple[_Battle, _Sight]:
         """A new episode costs a third of a step and few end at once: begins an eighth of the batch at a time, as often as needed."""
         n_envs = ended.shape[0]
 
-        def some(carry: tuple[_Battle, _Sight, Any]) -> tuple[_Battle, _Sight, Any]:
-            battles, sight, ended = carry
+        def some(carry: tuple[Any, _Battle, _Sight]) -> tuple[Any, _Battle, _Sight]:
+            ended, battles, sight = carry
             # Places that are not needed point beyond the batch, and what JAX should put there it drops.
             which = jnp.nonzero(ended, size=-(-n_envs // 8), fill_value=n_envs)[0]
             fresh, seen = jax.vmap(begin, out_axes=(0, _BATCH_AXES))(battles.key[which])
             battles = jax.tree.map(lambda old, new: old.at[which].set(new), battles, fresh)
             sight = jax.tree.map(lambda axis, old, new: old.at[(slice(None),) * axis + (which,)].set(new), _BATCH_AXES, sight, seen)
-            return battles, sight, ended.at[which].set(False)
+            return ended.at[which].set(False), battles, sight
 
-        battles, sight, _ = jax.lax.while_loop(lambda carry: carry[2].any(), some, (battles, sight, ended))
-        return battles, sight
+        return jax.lax.while_loop(lambda carry: carry[0].any(), some, (ended, battles, sight))[1:]
 
-    def blank(n_envs: int) -> tuple[_Battle, _Sight]:
-        shapes = jax.eval_shape(jax.vmap(begin, out_axes=(0, _BATCH_AXES)), jax.ShapeDtypeStruct((n_envs, 2), jnp.uint32))
-        # Programs run where their arguments are.
-        where = jax.devices("cpu")[0]
-        return jax.tree.map(lambda shape: jax.device_put(np.zeros(shape.shape, shape.dtype), where), shapes)
+    def step(battles: _Battle, actions: Any, anew: Any) -> tuple[Any, ...]:
+        many = jax.vmap(advance, in_axes=(0, 1), out_axes=(0, _BATCH_AXES, 1, 0, 0, 0))
+        battles, after, reward, terminated, truncated, won = many(battles, actions)
+        battles, current = begin_where(terminated | truncated | anew, battles, after)
+        return battles, after, current, reward, terminated, truncated, won
+
+    def blank(n_envs: int) -> _Battle:
+        keys = np.zeros((n_envs, 2), np.uint32)
+        shapes = jax.eval_shape(lambda keys: jax.vmap(begin)(keys)[0], keys)
+        # The program runs where its arguments are.
+        return jax.device_put(jax.tree.map(lambda one: np.zeros(one.shape, one.dtype), shapes), jax.devices("cpu")[0])
 
     bits = env.unit_type_bits
     spec = EnvSpec(n_allies, env.obs_size, env.state_size, env.num_ally_actions, env.max_steps, unit_types=(env.obs_size - bits, env.obs_size))
-    return _Programs(
-        spec,
-        (env.map_width, env.map_height),
-        np.asarray(env.unit_type_radiuses),
-        blank,
-        jax.jit(advance, compiler_options=_COMPILER_OPTIONS),
-        jax.jit(restart, compiler_options=_COMPILER_OPTIONS),
-    )
+    program = jax.jit(step, compiler_options=_COMPILER_OPTIONS)
+    return _Program(spec, (env.map_width, env.map_height), np.asarray(env.unit_type_radiuses), blank, program)
 
 
 @cache
 def _import_jaxmarl() -> tuple[Any, Any]:
-    """Imports JAX and SMAX, and nothing is printed."""
-    if "jax" not in sys.modules and "JAX_PLATFORMS" not in os.environ:
-        # JAX takes most of a GPU's memory as soon as it finds one, and here it needs none.
-        importlib.import_module("jax").config.update("jax_platforms", "cpu")
+    """Imports JAX and SMAX without the side effects."""
+    # Something that they import draws from the global generators.
+    generators = random.getstate(), np.random.get_state()
     # JaxMARL greets on stdout, and one of its modules sets sys.stdout and sys.stderr to what they were when Python started.
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
     sys.stdout = sys.__stdout__ = io.StringIO()  # type: ignore[misc]
     sys.__stderr__ = sys.stderr  # type: ignore[misc]
     try:
-        smax = importlib.import_module("jaxmarl.environments.smax")
+        chosen = "jax" in sys.modules or "JAX_PLATFORMS" in os.environ
+        jax = importlib.import_module("jax")
+        if not chosen:
+            # JAX takes most of a GPU's memory as soon as it finds one, and here it needs none.
+            jax.config.update("jax_platforms", "cpu")
+        return jax, importlib.import_module("jaxmarl.environments.smax")
     finally:
         sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
-    return importlib.import_module("jax"), smax
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])

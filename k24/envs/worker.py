@@ -34,8 +34,15 @@ PATIENCE = 300.0  # seconds without a sign of life after which a worker is taken
 GRACE = 10.0  # seconds that a worker has for closing its copies
 _LOOK_AGAIN = 1.0  # seconds after which to see whether the other end still runs
 
-# sys.path comes first: k24 itself may be found by it alone.
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from k24.envs.worker import main; main(*map(int, sys.argv[1:]))"
+# sys.path comes first: k24 itself may be found by it alone. The end is that of multiprocessing's children, without what the interpreter
+# does at its end: it takes its time once torch is loaded.
+_CODE = """
+import json, os, sys
+sys.path[:] = json.loads(sys.argv.pop())
+from k24.envs.worker import main
+main(*map(int, sys.argv[1:]))
+os._exit(0)
+"""
 # Many processes share the cores, so none needs threads for its sums.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -164,8 +171,9 @@ class _Server:
         self._pipe, self._memory = pipe, memory
         self._batch: Batch | None = None
 
-    def run(self) -> None:
-        """Answers until asked to close, or left alone."""
+    def run(self) -> bool:
+        """Answers until asked to close, or left alone; returns whether it was asked."""
+        method = None
         with contextlib.suppress(EOFError, OSError):
             while True:
                 self._number, method, arguments = self._pipe.recv()
@@ -178,6 +186,7 @@ class _Server:
                 self._pipe.send((self._number, "done", result))
         if self._batch is not None:
             self._batch.close()
+        return method == "close"
 
     def _do(self, method: str, arguments: tuple[Any, ...]) -> Any:
         if method == "make":
@@ -197,7 +206,7 @@ class _Server:
 
 
 def main(pipe: int, memory: int, parent: int) -> None:
-    """Runs a worker in this process, and ends the process.
+    """Runs a worker in this process, which is to end afterwards.
 
     Args:
         pipe: Descriptor of the socket to whoever started it.
@@ -209,11 +218,14 @@ def main(pipe: int, memory: int, parent: int) -> None:
     for descriptor in (pipe, memory):
         os.set_inheritable(descriptor, False)  # not for what a simulator starts
     threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
-    _Server(Connection(pipe), memory).run()
-    # As children of multiprocessing end. An interpreter that has loaded torch takes its time to end by itself.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    asked = False
+    try:
+        asked = _Server(Connection(pipe), memory).run()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        if not asked:
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # nobody else ends what a simulator has started
 
 
 def _outlive(parent: int) -> None:

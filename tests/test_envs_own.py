@@ -1,0 +1,225 @@
+"""Environments of the user's own, by import path: from the guide's example to what breaks on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from test_cli import refused
+
+from k24.cli import main
+from k24.envs import make_env
+from k24.errors import RunError, UsageError
+
+GUIDE = Path(__file__).parents[1] / "docs" / "environments.md"
+SHORT = ["--envs", "8", "--hidden", "8", "--batch-size", "8", "--buffer-size", "64", "--eval-episodes", "8"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder to write modules into, which is the current one; each is imported anew."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def guides_example() -> str:
+    """The block of the guide that begins with the name of a file."""
+    found = re.search(r"```python\n(# my_env\.py:.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / f"{name}.py").write_text(textwrap.dedent(text), encoding="utf-8")
+
+
+def last_json(text: str) -> dict:
+    return json.loads(text.splitlines()[-1])
+
+
+# --- the guide's example ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_guides_example_is_twenty_lines_and_trains(folder, capfd):
+    write(folder, "my_env", guides_example())
+    code = [line for line in guides_example().splitlines() if line.strip() and not line.startswith(("#", "import", "from"))]
+    assert len(code) <= 20
+    assert main(["check-env", "my_env:make"]) == 0
+    assert last_json(capfd.readouterr().out)["ok"] is True
+    arguments = ["train", "my_env:make", "--steps", "200", "--workers", "0", "--quiet", "--out", "run", *SHORT]
+    assert main(arguments) == 0
+    assert main(["eval", "run", "--episodes", "8"]) == 0
+    assert -1e-9 <= last_json(capfd.readouterr().out)["return_mean"] <= 5
+
+
+def test_an_installed_command_finds_a_module_in_the_current_folder(folder):
+    write(folder, "my_env", guides_example())
+    command = "import sys; sys.path = [p for p in sys.path if p]; from k24.cli import main; sys.exit(main(['check-env', 'my_env:make']))"
+    done = subprocess.run([sys.executable, "-P", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and last_json(done.stdout)["ok"] is True, done.stderr
+
+
+SLOW = """
+import time
+from my_env import Signals
+
+class Slow(Signals):
+    def step(self, actions):
+        time.sleep(0.001)
+        return super().step(actions)
+
+def make():
+    return Slow()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
+def test_a_run_whose_worker_is_killed_is_the_run_that_it_would_have_been(folder):
+    write(folder, "my_env", guides_example())
+    write(folder, "slow_env", SLOW)
+    arguments = [sys.executable, "-m", "k24", "train", "slow_env:make", "--steps", "3000", "--log-every", "200", "--quiet", *SHORT]
+
+    def start(out: str, workers: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*arguments, "--workers", workers, "--out", out], cwd=folder, text=True, stderr=subprocess.PIPE, stdout=-3)
+
+    disturbed, calm = start("disturbed", "2"), start("calm", "0")
+    deadline = time.monotonic() + 60
+    metrics = folder / "disturbed" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert disturbed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = [int(pid) for pid in Path(f"/proc/{disturbed.pid}/task/{disturbed.pid}/children").read_text().split()]
+    workers = [pid for pid in children if b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    errors = [process.communicate(timeout=120)[1] for process in (disturbed, calm)]
+    assert disturbed.returncode == calm.returncode == 0, errors
+    assert "SIGKILL" in errors[0] and errors[0].count("\n") == 1 and errors[1] == ""
+    texts = [(folder / name / "metrics.jsonl").read_text() for name in ("disturbed", "calm")]
+    one, other = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert one[-1].pop("env_restarts") == 1
+    for line in one:
+        line.pop("env_restarts", None)
+    assert one == other
+    assert (folder / "disturbed" / "eval.json").read_bytes() == (folder / "calm" / "eval.json").read_bytes()
+
+
+# --- the other kinds ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pettingzoo_environment_and_a_batch_of_ones_own(folder):
+    pytest.importorskip("mpe2")
+    write(
+        folder,
+        "others",
+        """
+        from k24.envs.toy import MemoryGame
+
+        def zoo(N=3):
+            from mpe2 import simple_spread_v3
+            return simple_spread_v3.parallel_env(N=N, max_cycles=7)
+
+        def batch(n_envs, device, n_agents=2):
+            return MemoryGame(n_envs, device, n_agents=n_agents)
+        """,
+    )
+    env = make_env("others:zoo", 2, workers=0, N=2)
+    assert (env.spec.n_agents, env.spec.episode_limit, env.n_envs) == (2, 7, 2)
+    env.close()
+    assert make_env("others:batch", 3, n_agents=4).spec.n_agents == 4
+    assert main(["check-env", "others:batch", "--env-args", "n_agents=3"]) == 0
+
+
+# --- what breaks --------------------------------------------------------------------------------------------------------------------
+
+BROKEN = """
+import numpy as np
+from k24.envs import EnvSpec, Outcome, SingleEnv, TeamEnv, View
+
+class Env(SingleEnv):
+    spec = EnvSpec(n_agents=2, obs_dim=2, state_dim=4, n_actions=2, episode_limit=5)
+    def __init__(self, kind):
+        self.kind = kind
+    def reset(self, seed):
+        self.clock = 0
+        return View(np.random.default_rng(seed).random((2, 2), dtype=np.float32))
+    def step(self, actions):
+        self.clock += 1
+        obs = np.zeros((2, 2), dtype=np.float32)
+        reward = [0.0, 1.0]
+        if self.clock == 2:
+            if self.kind == "nan":
+                obs[1, 0] = np.nan
+            if self.kind == "shape":
+                obs = np.zeros((2, 3), dtype=np.float32)
+            if self.kind == "reward":
+                reward = [1.0]
+            if self.kind == "raise":
+                raise KeyError("left")
+        return Outcome(View(obs), reward, False)
+
+def make(kind="nan"):
+    return Env(kind)
+
+def nothing():
+    return 3
+
+def wrong_batch(n_envs, device):
+    return Env("nan")
+
+def fails():
+    raise ValueError("no level 7")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("nan", "NaN or infinite|not finite|finite"),
+        ("shape", "expected 2.*got 3|got .*3"),
+        ("reward", "reward"),
+        ("raise", r"KeyError: 'left'.*broken\.py:\d+"),
+    ],
+)
+def test_a_broken_environment_stops_the_run_with_the_reason(folder, capfd, kind, said):
+    write(folder, "broken", BROKEN)
+    message = refused(
+        capfd, "train", "broken:make", "--env-args", f"kind={kind}", "--steps", "200", "--workers", "0", "--out", "run", *SHORT, status=1
+    )
+    assert "broken:make" in message and re.search(said, message), message
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("broken:mke", "broken: unknown function 'mke': did you mean 'make'?"),
+        ("brokn:make", "the module 'brokn' does not import"),
+        ("broken:nothing", "must return a k24.envs.SingleEnv or a PettingZoo parallel environment, got int"),
+        ("broken:wrong_batch", "takes n_envs, so it must return a k24.envs.TeamEnv, got Env"),
+        ("syntax:make", r"the module 'syntax' does not import \(SyntaxError"),
+    ],
+)
+def test_what_is_no_environment_is_said_before_anything_starts(folder, task, said):
+    write(folder, "broken", BROKEN)
+    write(folder, "syntax", "def make(:\n")
+    with pytest.raises(UsageError, match=said):
+        make_env(task, 2, workers=0)
+
+
+def test_a_function_that_fails_is_quoted_with_its_place(folder):
+    write(folder, "broken", BROKEN)
+    with pytest.raises((UsageError, RunError), match=r"no level 7"):
+        make_env("broken:fails", 2, workers=0)
