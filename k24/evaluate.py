@@ -58,7 +58,13 @@ def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
         if spec.unit_types is None:
             raise UsageError(f"{config.task} does not say what type of unit an agent is: use --slots agent")
         return by_unit_type(*spec.unit_types)
-    rule = load(config.slots)(spec)
+    function = load(config.slots)
+    try:
+        rule = function(spec)
+    except Exception as error:  # whatever the user's code raises
+        raise UsageError(
+            f"slots {config.slots}: the function takes the task's EnvSpec, and fails with {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(rule, SlotRule) or not isinstance(rule.n_slots, int) or rule.n_slots < 1:
         raise UsageError(f"slots {config.slots}: the function takes the task's EnvSpec and must return a k24.SlotRule, got {rule!r}")
     return rule

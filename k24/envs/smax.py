@@ -6,13 +6,12 @@ that is not SMAX's default: an observation lists what the unit sees of every oth
 
 * **Reward.** SMAX gives each ally the whole reward of the team: the share of the enemies' health that went, and ``won_battle_bonus`` (1)
   for a victory. Here allies share it evenly, so that the sum over agents is the team's, and a won episode returns 2.
-* **Ends.** ``terminated`` when a side is dead, ``truncated`` after ``max_steps``. ``won`` when the enemies are dead and an ally is not: if
-  both sides die at once, nobody won.
+* **Ends.** ``terminated`` when a side is dead, ``truncated`` after ``max_steps`` (SMAX itself allows one more). ``won`` when the enemies are
+  dead and an ally is not: if both sides die at once, nobody won.
 * **Dead allies** see zeros, their type included, and have only the action to stop.
 
-JAX compiles two programs for each task and number of environments, which takes some seconds, once in a process (with
-``JAX_COMPILATION_CACHE_DIR`` set, JAX keeps them for the next one). They run on the CPU also where tensors live on a GPU, and JAX is kept from
-taking a GPU's memory, unless it was imported before.
+JAX compiles one program for each task and number of environments, which takes some seconds, once in a process. It runs on the CPU also where
+tensors live on a GPU, and JAX is kept from taking a GPU's memory unless it was imported before.
 """
 
 from __future__ import annotations
@@ -90,6 +89,7 @@ class _Program(NamedTuple):
         spec: Sizes and limits.
         size: Width and height of the map.
         radii: Of each type of unit.
+        place: Puts arrays where the program is to run.
         blank: ``n_envs -> battles``, with nobody alive.
         step: ``battles, actions [A, E], anew -> battles, after, current, reward, terminated, truncated, won``. With ``anew`` all episodes
             start anew, and only ``current`` means anything.
@@ -98,6 +98,7 @@ class _Program(NamedTuple):
     spec: EnvSpec
     size: tuple[float, float]
     radii: np.ndarray
+    place: Callable[[Any], Any]
     blank: Callable[[int], _Battle]
     step: Callable[[_Battle, np.ndarray, bool], tuple[Any, ...]]
 
@@ -133,7 +134,7 @@ class SmaxEnv(TeamEnv):
         """See ``TeamEnv.reset``."""
         keys = np.random.SeedSequence(seed).generate_state(2 * self.n_envs).reshape(self.n_envs, 2)
         idle = np.zeros((self.spec.n_agents, self.n_envs), dtype=np.int32)
-        self._battles, _, current, *_ = self._program.step(self._blank._replace(key=keys), idle, True)
+        self._battles, _, current, *_ = self._program.step(self._blank._replace(key=self._program.place(keys)), idle, True)
         return self._observation(current)
 
     def step(self, actions: Tensor) -> Step:
@@ -215,7 +216,9 @@ def _write_program(task: str, options: tuple[tuple[str, Any], ...]) -> _Program:
         state = battle.state.replace(state=units, enemy_policy_state=enemy)
         alive, enemy_alive = units.unit_alive[:n_allies].any(), units.unit_alive[n_allies:].any()
         terminated = ~(alive & enemy_alive)
-        outcome = of_allies(rewards) / n_allies, terminated, units.done & ~terminated, alive & ~enemy_alive
+        # SMAX compares the steps before it has counted this one, and so would go on for one more.
+        truncated = (units.step >= env.max_steps) & ~terminated
+        outcome = of_allies(rewards) / n_allies, terminated, truncated, alive & ~enemy_alive
         return _Battle(key, state, of_enemies(obs)), look(state, obs), *outcome
 
     def begin_where(ended: Any, battles: _Battle, sight: _Sight) -> tuple[_Battle, _Sight]:
@@ -239,16 +242,19 @@ def _write_program(task: str, options: tuple[tuple[str, Any], ...]) -> _Program:
         battles, current = begin_where(terminated | truncated | anew, battles, after)
         return battles, after, current, reward, terminated, truncated, won
 
+    def place(arrays: Any) -> Any:
+        return jax.device_put(arrays, jax.devices("cpu")[0])
+
     def blank(n_envs: int) -> _Battle:
-        keys = np.zeros((n_envs, 2), np.uint32)
-        shapes = jax.eval_shape(lambda keys: jax.vmap(begin)(keys)[0], keys)
-        # The program runs where its arguments are.
-        return jax.device_put(jax.tree.map(lambda one: np.zeros(one.shape, one.dtype), shapes), jax.devices("cpu")[0])
+        shapes = jax.eval_shape(lambda keys: jax.vmap(begin)(keys)[0], np.zeros((n_envs, 2), np.uint32))
+        return place(jax.tree.map(lambda one: np.zeros(one.shape, one.dtype), shapes))
 
     bits = env.unit_type_bits
-    spec = EnvSpec(n_allies, env.obs_size, env.state_size, env.num_ally_actions, env.max_steps, unit_types=(env.obs_size - bits, env.obs_size))
+    spec = EnvSpec(
+        n_allies, env.obs_size, env.state_size, env.num_ally_actions, env.max_steps, unit_types=(env.obs_size - bits, env.obs_size)
+    )
     program = jax.jit(step, compiler_options=_COMPILER_OPTIONS)
-    return _Program(spec, (env.map_width, env.map_height), np.asarray(env.unit_type_radiuses), blank, program)
+    return _Program(spec, (env.map_width, env.map_height), np.asarray(env.unit_type_radiuses), place, blank, program)
 
 
 @cache
@@ -258,8 +264,8 @@ def _import_jaxmarl() -> tuple[Any, Any]:
     generators = random.getstate(), np.random.get_state()
     # JaxMARL greets on stdout, and one of its modules sets sys.stdout and sys.stderr to what they were when Python started.
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
-    sys.stdout = sys.__stdout__ = io.StringIO()  # type: ignore[misc]
-    sys.__stderr__ = sys.stderr  # type: ignore[misc]
+    sys.stdout = sys.__stdout__ = io.StringIO()  # type: ignore[assignment, misc]
+    sys.__stderr__ = sys.stderr  # type: ignore[assignment, misc]
     try:
         chosen = "jax" in sys.modules or "JAX_PLATFORMS" in os.environ
         jax = importlib.import_module("jax")
