@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.installing
-INTERPRETER := $(VENV)/.interpreter
+EVERYTHING := $(VENV)/.everything
 
 # The tests run in two processes; more threads inside each only get in each other's way.
 test: export OMP_NUM_THREADS := 1
@@ -25,7 +25,7 @@ venv: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP) $(INTERPRETER)
+test: $(STAMP) $(EVERYTHING)
 	$(BIN)/python -m pytest -q -n 2 tests
 
 lint: $(STAMP)
@@ -37,9 +37,11 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis k24/kernels/_cpu*.so
 	find . -path ./results -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Triton, whose interpreter runs the GPU kernels on a CPU: 0.7 GB that nothing but the tests needs.
-$(INTERPRETER): $(STAMP)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "triton; sys_platform == 'linux'"
+# What only the tests need all of: every suite of environments (0.8 GB, most of it JAX and MuJoCo), and Triton, whose interpreter runs the GPU
+# kernels on a CPU (0.7 GB).
+$(EVERYTHING): $(STAMP)
+	@echo 'installing every suite of environments, and Triton: 1.5 GB more'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'k24[envs]' "triton; sys_platform == 'linux'"
 	touch $@
 
 # UNFINISHED holds the process that installs and becomes STAMP as the last step. Whoever finds one left behind by a dead process starts

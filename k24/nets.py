@@ -9,21 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from k24.errors import UsageError
 from k24.sharing.base import Sharing
 from k24.sparse.gru import gru_sequence
 from k24.sparse.layers import MaskedLinear
-from k24.sparse.slots import Phase, SlotWeights, apply_slots
+from k24.sparse.slots import Phase, SlotWeights, Sorted, apply_slots, sort_by_slot
 
 Weights = list[SlotWeights]
-
-# Running the net once more for another slot costs about as much as this many rows.
-_WORTH_A_RUN = 128
 
 
 def detach_weights(weights: Sequence[SlotWeights]) -> Weights:
@@ -65,6 +60,7 @@ class AgentNet(nn.Module):
             }
         )
         self.register_buffer("_ids", torch.eye(n_agents), persistent=False)
+        self._sorted: tuple[Tensor, int, Sorted] | None = None
 
     def initial_state(self, rows: int) -> Tensor:
         """Zeros ``[A, N, H]``."""
@@ -155,65 +151,33 @@ class AgentNet(nn.Module):
     def _forward_sorted(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, counted: Tensor, noted: dict[str, MaskedLinear], own: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sequences sorted by their slot ``own [A, N]``, and run in blocks of one slot each, or all in one, padded to the longest."""
+        """Sequences sorted by their slot ``own [A, N]``."""
         a, t, n, width = obs.shape
-        device, own = obs.device, own.flatten()
-        none, *all_counts = torch.bincount(own + 1, minlength=self.n_slots + 1).tolist()
-        if len(all_counts) > self.n_slots:
-            raise UsageError(f"slot {len(all_counts) - 1} does not exist: this net has the slots 0 to {self.n_slots - 1}")
-        present = [slot for slot, count in enumerate(all_counts) if count]
-        counts = [all_counts[slot] for slot in present]
-        if not present:
+        if self._sorted is None or self._sorted[1] != t or not torch.equal(self._sorted[0], own):
+            # Kept, because units are what they are for many steps.
+            self._sorted = own, t, sort_by_slot(own, t, self.n_slots)
+        blocks, back, last_back = self._sorted[2]
+        if not blocks:
             return obs.new_zeros(a, t, n, self.n_outputs), torch.zeros_like(h)
-        longest, total = max(counts), sum(counts)
-        together = len(present) > 1 and (len(present) * longest - total) * t <= _WORTH_A_RUN * len(present)
-        order = own.argsort(stable=True)[none:]
-        # What comes out for the i-th sorted sequence is in row ``row[i]`` of all blocks' results.
-        row = torch.arange(total, device=device)
-        blocks: list[tuple[list[int], Tensor]] = []
-        if together:
-            shift = torch.tensor([k * longest - start for k, start in enumerate(accumulate([0, *counts[:-1]]))], device=device)
-            row = row + shift.repeat_interleave(torch.tensor(counts, device=device), output_size=total)
-            blocks.append((present, order.new_zeros(len(present) * longest).index_copy_(0, row, order).view(len(present), longest)))
-        else:
-            blocks += [([slot], rows[None]) for slot, rows in zip(present, order.split(counts), strict=True)]
-        cut = None if together else _cut(weights)
-        steps = torch.arange(t, device=device)
+        cut = _cut(weights) if len(blocks) > 1 else None
         flat, flat_h, flat_counted = obs.reshape(a * t * n, width), h.reshape(a * n, -1), counted.reshape(-1)
         segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
         outputs, lasts = [], []
-        for slots, sequences in blocks:
-            height, rows = sequences.shape
-            # Step t of sequence (a, n) is row (a·T + t)·N + n of the flattened input.
-            at = sequences if t == 1 else ((sequences // n * (t * n) + sequences % n)[:, None] + steps[:, None] * n)
-            at = at.reshape(-1)
-            x = flat.index_select(0, at).view(height, t, rows, width)
+        for block in blocks:
+            height, rows = block.sequences.shape
+            x = flat.index_select(0, block.at).view(height, t, rows, width)
             watch = {}
             if noted:
-                real = torch.arange(rows, device=device) < torch.tensor([all_counts[slot] for slot in slots], device=device)[:, None]
-                valid = (flat_counted[at].view(height, t, rows) & real[:, None]).view(height, -1)
-                watch = {name: partial(_keep, segments[name], slots, valid) for name in noted}
-            made = _of_slots(weights, slots, self.n_slots) if cut is None else cut[slots[0] if len(cut) > 1 else 0]
-            out, states = _run(made, x, flat_h[sequences], watch)
-            outputs.append(out.reshape(len(at), -1))
+                valid = (flat_counted[block.at].view(height, t, rows) & block.real[:, None]).view(height, -1)
+                watch = {name: partial(_keep, segments[name], block.slots, valid) for name in noted}
+            made = _of_slots(weights, block.slots) if cut is None else cut[block.slots[0]]
+            out, states = _run(made, x, flat_h[block.sequences], watch)
+            outputs.append(out.reshape(len(block.at), -1))
             lasts.append(states[:, -1].reshape(height * rows, -1))
         for name, layer in noted.items():
             layer.observe_segments(segments[name])
-        # Back to the order of the rows that came. In a block, step t follows step t - 1 after all of a slot's rows.
-        back = own.new_zeros(a * n).index_copy_(0, order, row)
-        where = back.view(a, 1, n)
-        if t > 1:
-            if together:
-                begin, stride = row + torch.div(row, longest, rounding_mode="floor") * ((t - 1) * longest), torch.full_like(row, longest)
-            else:
-                sizes = torch.tensor(counts, device=device)
-                begin = row + ((sizes.cumsum(0) - sizes) * (t - 1)).repeat_interleave(sizes, output_size=total)
-                stride = sizes.repeat_interleave(sizes, output_size=total)
-            begin, stride = (own.new_zeros(a * n).index_copy_(0, order, one).view(a, 1, n) for one in (begin, stride))
-            where = begin + stride * steps[:, None]
-        out = (outputs[0] if together else torch.cat(outputs)).index_select(0, where.reshape(-1)).view(a, t, n, -1)
-        last = (lasts[0] if together else torch.cat(lasts)).index_select(0, back).view(a, n, -1)
-        return out, last
+        out, last = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outputs, lasts))
+        return out.index_select(0, back).view(a, t, n, -1), last.index_select(0, last_back).view(a, n, -1)
 
     def _forward_steps(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
@@ -234,11 +198,9 @@ def _cut(weights: Sequence[SlotWeights]) -> list[Weights]:
     return [[SlotWeights(w[min(s, len(w) - 1)], b[min(s, len(b) - 1)]) for w, b in cut] for s in range(n_slots)]
 
 
-def _of_slots(weights: Sequence[SlotWeights], slots: list[int], n_slots: int) -> Sequence[SlotWeights]:
+def _of_slots(weights: Sequence[SlotWeights], slots: list[int]) -> Sequence[SlotWeights]:
     """Some slots' weights, ``[len(slots), O, I]``, or 1 where all slots share them."""
-    if len(slots) == n_slots:
-        return weights
-    return [SlotWeights(*(part if len(part) == 1 else part[slots] for part in (w.weight, w.bias))) for w in weights]
+    return [SlotWeights(*(part if len(part) in (1, len(slots)) else part[slots] for part in (w.weight, w.bias))) for w in weights]
 
 
 def _keep(segments: list[tuple[int, Tensor, Tensor]], slots: list[int], valid: Tensor, x: Tensor) -> None:

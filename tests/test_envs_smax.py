@@ -179,14 +179,29 @@ def test_table_is_jaxmarls():
         assert ("random" in smax.TASKS[f"smax/{name}"]) == scenario.smacv2_unit_type_generation == scenario.smacv2_position_generation
 
 
-def test_options_are_those_of_smax():
+def test_defaults_are_those_of_smax():
     module = smax._import_jaxmarl()[1]
-    known = {*inspect.signature(module.SMAX).parameters, *inspect.signature(module.HeuristicEnemySMAX).parameters}
-    assert known >= smax._OPTIONS
-    with pytest.raises(UsageError, match="unknown option of smax/3m 'max_step': did you mean 'max_steps'"):
-        smax.make("smax/3m", 2, max_step=3)
-    with pytest.raises(UsageError, match="smax/3m: attack_mode must be closest or random, got 'nearest'"):
-        smax.make("smax/3m", 2, attack_mode="nearest")
+    taken = inspect.signature(module.SMAX).parameters | inspect.signature(module.HeuristicEnemySMAX).parameters
+    assert {name: taken[name].default for name in smax._OPTIONS} == smax._OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_step": 3}, "unknown option of smax/3m 'max_step': did you mean 'max_steps'?"),
+        ({"max_steps": 2.5}, "smax/3m: max_steps must be of type int, as its default 100, got 2.5"),
+        ({"walls_cause_death": 1}, "smax/3m: walls_cause_death must be of type bool, as its default True, got 1"),
+        ({"attack_mode": "nearest"}, "smax/3m: attack_mode must be closest or random, got 'nearest'"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UsageError) as caught:
+        smax.make("smax/3m", 2, **options)
+    assert str(caught.value) == message
+
+
+def test_a_whole_number_will_do_for_a_float():
+    assert smax.make("smax/3m", 3, won_battle_bonus=1)._program is smax.make("smax/3m", 3)._program
 
 
 def test_wrong_actions_are_named():

@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor
 from k24.allocator import keep_freed_memory
 from k24.bench.timing import race
 from k24.envs import make_env
-from k24.envs.base import EnvSpec
+from k24.envs.base import EnvSpec, Observation
 from k24.errors import RunError
 from k24.learners import Episodes, ValueConfig, ValueLearner, collect_episodes
 from k24.nets import AgentNet, Weights
 from k24.sharing import K24Config, SharingConfig, make_sharing
 from k24.sparse.gru import gru_step
-from k24.sparse.slots import apply_slots
+from k24.sparse.slots import SlotRule, apply_slots, by_unit_type
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class BenchTrain:
     """Threads of torch."""
     repeats: int = 30
     """Updates timed; the median counts."""
+    unit_types: int = 0
+    """If above 0, also time an update and an acting step whose rows choose among so many slots, beside one slot per agent."""
+    envs: int = 64
+    """Parallel environments of that acting step."""
     task: str = "mpe/simple_spread"
     """Task of the end-to-end figures; empty for none."""
     masks: Annotated[K24Config, tyro.conf.arg(name="")] = field(default_factory=K24Config)
@@ -108,7 +113,7 @@ class StepwiseLearner(ValueLearner):
         """As the parent's, through :func:`stepwise_forward`."""
         fast, net = self.net.forward, self.net
 
-        def forward(made: Any, obs: Tensor, h: Tensor, valid: Tensor | None = None, observe: bool = False) -> tuple[Tensor, Tensor]:
+        def forward(made: Any, obs: Tensor, h: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
             return stepwise_forward(net, made, obs, h), h
 
         net.forward = forward  # type: ignore[method-assign, assignment]
@@ -150,7 +155,8 @@ def bench_train(options: BenchTrain, on_row: Callable[[str, float, float], None]
     Returns:
         ``update_ms``, ``stepwise_ms`` (shared dense net, step by step), ``dense_ms`` (the same net on our fast path),
         ``update_mb`` (memory grown in the first updates), ``max_rel_err``, ``env_steps_per_s`` and
-        ``env_steps_per_s_rare`` (end to end at one update per 25 and per 1664 environment steps).
+        ``env_steps_per_s_rare`` (end to end at one update per 25 and per 1664 environment steps); with ``unit_types``, also what
+        :func:`by_unit_type_or_agent` finds.
 
     Raises:
         RunError: The fast path does not agree with the step-by-step one.
@@ -195,10 +201,52 @@ def bench_train(options: BenchTrain, on_row: Callable[[str, float, float], None]
         for name in timed.us:
             on_row(name, timed.median(name) / 1e3, timed.iqr(name) / 1e3)
     result |= {"update_mb": round(grown, 1), "max_rel_err": error}
+    if options.unit_types:
+        result |= by_unit_type_or_agent(options)
     if options.task:
         result["env_steps_per_s"] = round(end_to_end(options, envs=32, env_steps_per_update=25))
         result["env_steps_per_s_rare"] = round(end_to_end(options, envs=512, env_steps_per_update=1664))
     return result
+
+
+def by_unit_type_or_agent(options: BenchTrain) -> dict[str, float]:
+    """What it costs that rows choose their slot: updates and acting steps of the same rows, in the two layouts.
+
+    Args:
+        options: Sizes; ``unit_types`` is the number of slots, each as likely as the others.
+
+    Returns:
+        ``types_update_ms``, ``agents_update_ms``, ``types_act_us``, ``agents_act_us``, and the ratios ``types_update_over_agents`` and
+        ``types_act_over_agents``.
+    """
+    types, agents, obs_dim = options.unit_types, options.agents, options.obs + options.unit_types
+    spec = EnvSpec(agents, obs_dim, options.obs * agents, options.actions, options.steps, unit_types=(options.obs, obs_dim))
+    generator = torch.Generator().manual_seed(1)
+
+    def with_types(obs: Tensor) -> Tensor:
+        """The same units through all steps of an episode."""
+        chosen = torch.randint(types, (agents, 1, obs.shape[2]), generator=generator).expand(-1, obs.shape[1], -1)
+        obs[..., options.obs :] = F.one_hot(chosen, types)
+        return obs
+
+    batch = made_up_episodes(spec, options.batch)
+    batch.obs = with_types(batch.obs)
+    now = Observation(with_types(torch.randn(agents, 1, options.envs, obs_dim, generator=generator))[:, 0], torch.zeros(options.envs, 1))
+    functions: dict[str, Callable[[], object]] = {}
+    for name, rule in (("types", by_unit_type(options.obs, obs_dim)), ("agents", SlotRule(agents))):
+        sharing = make_sharing(options.sharing, rule.n_slots, SharingConfig(masks=options.masks))
+        config = ValueConfig(batch_size=options.batch, standardise_rewards=False)
+        learner = ValueLearner(options.algo, spec, sharing, config, options.hidden, rule=rule)
+        actor = learner.actor("deploy")
+        actor.reset(options.envs)
+        functions |= {f"{name}_update_ms": partial(learner.update, batch, 0.1, 0), f"{name}_act_us": partial(actor, now)}
+    updates, acts = ({k: v for k, v in functions.items() if k.endswith(unit)} for unit in ("_ms", "_us"))
+    update, act = race(updates, rounds=options.repeats, sample_seconds=0, warm=False), race(acts, seconds=3)
+    found = {name: round(update.median(name) / 1e3, 2) for name in updates} | {name: round(act.median(name), 1) for name in acts}
+    return found | {
+        "types_update_over_agents": round(update.speedup("agents_update_ms", "types_update_ms"), 3),
+        "types_act_over_agents": round(act.speedup("agents_act_us", "types_act_us"), 3),
+    }
 
 
 def end_to_end(options: BenchTrain, envs: int, env_steps_per_update: int, seconds: float = 6.0) -> float:

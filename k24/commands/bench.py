@@ -47,6 +47,12 @@ def _train(arguments: list[str]) -> None:
         options, lambda name, median, spread: print(f"{what[name]:<40} {median:8.2f} ms  (middle half within {spread:.2f})")
     )
     print(f"memory grown by the update {found['update_mb']:.0f} MB; fast and step-by-step path differ by {found['max_rel_err']:.1e}")
+    if options.unit_types:
+        print(
+            f"rows that choose among {options.unit_types} slots: update {found['types_update_ms']:.1f} ms, "
+            f"{found['types_update_over_agents']:.2f} times one slot per agent; acting in {options.envs} environments "
+            f"{found['types_act_us']:.0f} µs, {found['types_act_over_agents']:.2f} times"
+        )
     if options.task:
         print(
             f"whole loop on {options.task}: {found['env_steps_per_s']:,} env steps/s at one update per 25, "

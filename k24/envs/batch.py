@@ -248,8 +248,11 @@ class Batch:
             view = self._begin(j, episode)
             self._put("reset", self._after, j, view)
             for joint in actions:
-                view, _, terminated, truncated, _ = self._act(j, joint)
-                lost[j] = terminated or truncated
+                try:
+                    view, _, terminated, truncated, _ = self._act(j, joint)
+                    lost[j] = terminated or truncated
+                except RunError:
+                    lost[j] = True  # in an episode that went another way, an old action may be one that can't be taken
                 if lost[j]:
                     break
             self._put("step", self._after, j, view)

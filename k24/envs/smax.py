@@ -6,12 +6,12 @@ that is not SMAX's default: an observation lists what the unit sees of every oth
 
 * **Reward.** SMAX gives each ally the whole reward of the team: the share of the enemies' health that went, and ``won_battle_bonus`` (1)
   for a victory. Here allies share it evenly, so that the sum over agents is the team's, and a won episode returns 2.
-* **Ends.** ``terminated`` when a side is dead, ``truncated`` after ``max_steps`` (SMAX itself allows one more). ``won`` when the enemies are
-  dead and an ally is not: if both sides die at once, nobody won.
+* **Ends.** ``terminated`` when a side is dead, ``truncated`` after ``max_steps`` (SMAX itself allows one more). ``won`` when the enemies
+  are dead and an ally is not: if both sides die at once, nobody won.
 * **Dead allies** see zeros, their type included, and have only the action to stop.
 
-JAX compiles one program for each task and number of environments, which takes some seconds, once in a process. It runs on the CPU also where
-tensors live on a GPU, and JAX is kept from taking a GPU's memory unless it was imported before.
+JAX compiles one program for each task and number of environments, which takes some seconds, once in a process. It runs on the CPU also
+where tensors live on a GPU, and JAX is kept from taking a GPU's memory unless it was imported before.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from torch import Tensor
 
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.envs.check import require_actions
+from k24.envs.options import require_options
 from k24.envs.picture import Mark, draw
-from k24.errors import UsageError, unknown_name
+from k24.errors import UsageError
 
 TASKS = {
     "smax/3m": "3 marines against 3",
@@ -51,9 +52,18 @@ TASKS = {
     "smax/smacv2_20_units": "20 units of random types in random places against 20",
 }
 
-_OPTIONS = {
-    *("max_steps", "see_enemy_actions", "walls_cause_death", "won_battle_bonus", "enemy_shoots", "attack_mode"),
-    *("map_width", "map_height", "world_steps_per_env_step", "time_per_step"),
+# Options of SMAX and of its heuristic enemy, and their defaults.
+_OPTIONS: dict[str, Any] = {
+    "max_steps": 100,
+    "see_enemy_actions": True,
+    "walls_cause_death": True,
+    "won_battle_bonus": 1.0,
+    "enemy_shoots": True,
+    "attack_mode": "closest",
+    "map_width": 32,
+    "map_height": 32,
+    "world_steps_per_env_step": 8,
+    "time_per_step": 1 / 16,
 }
 _ATTACK_MODES = ("closest", "random")
 _BLUE, _RED = (0.2, 0.4, 0.9), (0.9, 0.25, 0.2)
@@ -113,18 +123,14 @@ class SmaxEnv(TeamEnv):
             task: A key of ``TASKS``.
             n_envs: Parallel environments.
             device: Where tensors live.
-            **kwargs: ``max_steps`` (100) and other options of SMAX and of its heuristic enemy.
+            **kwargs: Options of SMAX and of its heuristic enemy, see ``_OPTIONS``; ``attack_mode`` is "closest" or "random".
 
         Raises:
-            UsageError: An unknown option, or ``attack_mode`` neither "closest" nor "random".
+            UsageError: An unknown option, or a value of another type than its default.
         """
-        for name in kwargs:
-            if name not in _OPTIONS:
-                raise unknown_name(f"option of {task}", name, _OPTIONS)
-        mode = kwargs.get("attack_mode", _ATTACK_MODES[0])
-        if mode not in _ATTACK_MODES:
-            raise UsageError(f"{task}: attack_mode must be {' or '.join(_ATTACK_MODES)}, got {mode!r}")
-        self._program = _write_program(task, tuple(sorted(kwargs.items())))
+        require_options(task, kwargs, _OPTIONS)
+        options = _OPTIONS | {name: _checked(task, name, value) for name, value in kwargs.items()}
+        self._program = _write_program(task, tuple(options.items()))
         self.spec = self._program.spec
         self.n_envs = n_envs
         self.device = torch.device(device)
@@ -176,6 +182,16 @@ def make(task: str, n_envs: int, device: str | torch.device = "cpu", **kwargs: A
     return SmaxEnv(task, n_envs, device, **kwargs)
 
 
+def _checked(task: str, name: str, value: Any) -> Any:
+    """An option's value, which SMAX itself would notice too late or not at all to be wrong."""
+    kind = type(_OPTIONS[name])
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise UsageError(f"{task}: {name} must be of type {kind.__name__}, as its default {_OPTIONS[name]!r}, got {value!r}")
+    if name == "attack_mode" and value not in _ATTACK_MODES:
+        raise UsageError(f"{task}: {name} must be {' or '.join(_ATTACK_MODES)}, got {value!r}")
+    return kind(value)
+
+
 @cache
 def _write_program(task: str, options: tuple[tuple[str, Any], ...]) -> _Program:
     """Writes the program of a task; JAX compiles it for each number of environments, when first called."""
@@ -222,7 +238,7 @@ def _write_program(task: str, options: tuple[tuple[str, Any], ...]) -> _Program:
         return _Battle(key, state, of_enemies(obs)), look(state, obs), *outcome
 
     def begin_where(ended: Any, battles: _Battle, sight: _Sight) -> tuple[_Battle, _Sight]:
-        """A new episode costs a third of a step and few end at once: begins an eighth of the batch at a time, as often as needed."""
+        """A new episode costs a third of a step or more, and few end at once: begins an eighth of the batch, as often as needed."""
         n_envs = ended.shape[0]
 
         def some(carry: tuple[Any, _Battle, _Sight]) -> tuple[Any, _Battle, _Sight]:
