@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k24.errors import UsageError
 from k24.sharing.base import Sharing
-from k24.sparse.gru import gru_sequence
+from k24.sparse.gru import gru_packed, gru_sequence, states_before
 from k24.sparse.layers import MaskedLinear
-from k24.sparse.slots import Phase, SlotWeights, Sorted, apply_slots, sort_by_slot
+from k24.sparse.slots import Phase, SlotWeights, apply_slots, pack_by_slot, sort_by_slot
 
 Weights = list[SlotWeights]
 
@@ -60,7 +62,7 @@ class AgentNet(nn.Module):
             }
         )
         self.register_buffer("_ids", torch.eye(n_agents), persistent=False)
-        self._sorted: tuple[Tensor, int, Sorted] | None = None
+        self._sorted: tuple[Tensor, list[tuple[list[int], Tensor]], Tensor] | None = None
 
     def initial_state(self, rows: int) -> Tensor:
         """Zeros ``[A, N, H]``."""
@@ -133,51 +135,96 @@ class AgentNet(nn.Module):
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rows that choose their slot; observations come with the agents' indices."""
-        t, alive = obs.shape[1], slots >= 0
-        one_for_all = not noted and all(len(w.weight) == len(w.bias) == 1 for w in weights)
-        if t > 1:
-            comes_back = (alive[:, 1:] & ~alive[:, :-1]).any()
-            changes = ((slots != slots.amax(1, keepdim=True)) & alive).any()
-            if bool(comes_back if one_for_all else comes_back | changes):
-                return self._forward_steps(weights, obs, h, valid, noted, slots)
-        if one_for_all:
-            out, states = _run(weights, obs, h, {})
-            last = states[:, -1]
-        else:
-            own = slots[:, 0] if t == 1 else slots.amax(1)
-            out, last = self._forward_sorted(weights, obs, h, alive if valid is None else alive & valid, noted, own)
-        return out * alive[..., None], last * alive[:, -1, :, None]
+        steps, alive = obs.shape[1], slots >= 0
+        if bool((slots >= self.n_slots).any()):
+            raise UsageError(f"slot {int(slots.max())} does not exist: this net has the slots 0 to {self.n_slots - 1}")
+        own = slots.amax(1)
+        if not noted and all(len(w.weight) == len(w.bias) == 1 for w in weights):
+            own = own.clamp_max(0)  # one set of weights for all: nothing to tell apart
+        if steps == 1:
+            return self._forward_sorted(weights, obs, h, alive if valid is None else alive & valid, noted, own)
+        changes = (slots != slots.amax(1, keepdim=True)) & alive if int(own.max()) else torch.zeros_like(alive)
+        comes_back = alive[:, 1:] & ~alive[:, :-1]
+        if bool(changes.any() | comes_back.any()):
+            return self._forward_steps(weights, obs, h, valid, noted, slots)
+        return self._forward_packed(weights, obs, h, alive, alive if valid is None else alive & valid, noted, own)
+
+    def _forward_packed(
+        self,
+        weights: Sequence[SlotWeights],
+        obs: Tensor,
+        h: Tensor,
+        alive: Tensor,
+        counted: Tensor,
+        noted: dict[str, MaskedLinear],
+        own: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Whole sequences of the slots ``own [A, N]``, each as long as its unit lives: nothing is computed for the other rows."""
+        a, t, n, width = obs.shape
+        flat, flat_h, flat_counted = obs.reshape(a * t * n, width), h.reshape(a * n, -1), counted.reshape(-1)
+        packs, back = pack_by_slot(own, alive, self.n_slots)
+        cut = _cut(weights)
+        segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
+        outputs, last = [], torch.zeros_like(flat_h)
+        for slot, sequences, counts, at in packs:
+            fc1, gru_x, gru_h, fc2, fc3, fc4 = cut[min(slot, len(cut) - 1)]
+            start, here = flat_h[sequences], flat_counted[at]
+
+            def linear(name: str, x: Tensor, made: SlotWeights, slot: int = slot, here: Tensor = here) -> Tensor:
+                if name in segments:
+                    segments[name].append((slot, x.detach(), here))
+                return F.linear(x, made.weight[0], made.bias[0])
+
+            x = linear("fc1", flat.index_select(0, at), fc1).relu_()
+            states = gru_packed(linear("gru_input", x, gru_x), start, gru_h.weight[0], gru_h.bias[0], counts)
+            if "gru_recurrent" in segments:
+                segments["gru_recurrent"].append((slot, states_before(states.detach(), start, counts), here))
+            x = linear("fc3", linear("fc2", states, fc2).relu_(), fc3).relu_()
+            outputs.append(linear("fc4", x, fc4))
+            if len(counts) == t:
+                last = last.index_copy(0, sequences[: counts[-1]], states[len(states) - counts[-1] :])
+        for name, layer in noted.items():
+            layer.observe_segments(segments[name])
+        if not outputs:
+            return obs.new_zeros(a, t, n, self.n_outputs), last.view(a, n, -1)
+        out = torch.cat(outputs).index_select(0, back).view(a, t, n, -1)
+        return out * alive[..., None], last.view(a, n, -1)
 
     def _forward_sorted(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, counted: Tensor, noted: dict[str, MaskedLinear], own: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sequences sorted by their slot ``own [A, N]``."""
-        a, t, n, width = obs.shape
-        if self._sorted is None or self._sorted[1] != t or not torch.equal(self._sorted[0], own):
+        """One step of rows sorted by their slot ``own [A, N]``."""
+        a, _, n, width = obs.shape
+        if self._sorted is None or not torch.equal(self._sorted[0], own):
             # Kept, because units are what they are for many steps.
-            self._sorted = own, t, sort_by_slot(own, t, self.n_slots)
-        blocks, back, last_back = self._sorted[2]
+            self._sorted = own, *sort_by_slot(own.flatten(), self.n_slots)
+        _, blocks, back = self._sorted
         if not blocks:
-            return obs.new_zeros(a, t, n, self.n_outputs), torch.zeros_like(h)
-        cut = _cut(weights) if len(blocks) > 1 else None
-        flat, flat_h, flat_counted = obs.reshape(a * t * n, width), h.reshape(a * n, -1), counted.reshape(-1)
+            return obs.new_zeros(a, 1, n, self.n_outputs), torch.zeros_like(h)
+        flat, flat_h, flat_own, flat_counted = obs.reshape(a * n, width), h.reshape(a * n, -1), own.flatten(), counted.reshape(-1)
         segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
         outputs, lasts = [], []
-        for block in blocks:
-            height, rows = block.sequences.shape
-            x = flat.index_select(0, block.at).view(height, t, rows, width)
+        for slots, at in blocks:
+            height, rows = at.shape
             watch = {}
             if noted:
-                valid = (flat_counted[block.at].view(height, t, rows) & block.real[:, None]).view(height, -1)
-                watch = {name: partial(_keep, segments[name], block.slots, valid) for name in noted}
-            made = _of_slots(weights, block.slots) if cut is None else cut[block.slots[0]]
-            out, states = _run(made, x, flat_h[block.sequences], watch)
-            outputs.append(out.reshape(len(block.at), -1))
-            lasts.append(states[:, -1].reshape(height * rows, -1))
+                # A line is filled up with a row of another slot, or with one that it already has.
+                real = (
+                    torch.arange(rows, device=obs.device)
+                    < torch.tensor([int((flat_own == s).sum()) for s in slots], device=obs.device)[:, None]
+                )
+                watch = {name: partial(_keep, segments[name], slots, flat_counted[at] & real) for name in noted}
+            x = flat.index_select(0, at.flatten()).view(height, 1, rows, width)
+            out, states = _run(_of_slots(weights, slots), x, flat_h[at], watch)
+            outputs.append(out.reshape(height * rows, -1))
+            lasts.append(states.reshape(height * rows, -1))
         for name, layer in noted.items():
             layer.observe_segments(segments[name])
-        out, last = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outputs, lasts))
-        return out.index_select(0, back).view(a, t, n, -1), last.index_select(0, last_back).view(a, n, -1)
+        alive = (own >= 0)[..., None]
+        out, last = (
+            (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, back).view(a, n, -1) * alive for parts in (outputs, lasts)
+        )
+        return out[:, None], last
 
     def _forward_steps(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor

@@ -157,7 +157,7 @@ def test_only_rows_that_count_move_the_running_magnitude_and_each_moves_its_own(
 def test_a_slot_that_does_not_exist_is_named() -> None:
     net = make_net()
     obs = torch.randn(AGENTS, 1, 2, OBS)
-    with pytest.raises(UsageError, match="slot 3 does not exist: there are the slots 0 to 2"):
+    with pytest.raises(UsageError, match="slot 3 does not exist: this net has the slots 0 to 2"):
         net(net.snapshot("act"), obs, net.initial_state(2), slots=torch.full((AGENTS, 1, 2), SLOTS))
 
 

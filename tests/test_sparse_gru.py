@@ -201,3 +201,33 @@ def test_a_wrong_input_is_named() -> None:
         gru.eval()(torch.randn(4, 2, 6), slots=torch.tensor([0, 3]))
     assert isinstance(gru.input, MaskedLinear)
     assert gru.recurrent.weight.shape == (12, 4)
+
+
+# --- sequences of different lengths ------------------------------------------------------------------------------------------------
+
+
+def packed_inputs(lengths: list[int], width: int, dtype: torch.dtype) -> tuple[list[int], list[Tensor]]:
+    """Counts of rows per step, and gates, first state, weight and bias."""
+    g = torch.Generator().manual_seed(len(lengths))
+    counts = [sum(length > t for length in lengths) for t in range(max(lengths))]
+    shapes = [(sum(counts), 3 * width), (len(lengths), width), (3 * width, width), (3 * width,)]
+    return counts, [torch.randn(*shape, generator=g, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("lengths", [[1], [4], [3, 3, 3], [5, 4, 2, 1, 1], [7, 1]])
+def test_packed_sequences_are_each_sequence_by_itself(lengths: list[int]) -> None:
+    counts, (gates, h0, weight, bias) = packed_inputs(lengths, 3, torch.float64)
+    states = gru_packed(gates, h0, weight, bias, counts)
+    rows = [[sum(counts[:t]) + i for t in range(length)] for i, length in enumerate(lengths)]
+    alone = [gru_sequence(gates[row][None, :, None], h0[i][None, None], weight[None], bias[None])[0, :, 0] for i, row in enumerate(rows)]
+    for row, expected in zip(rows, alone, strict=True):
+        torch.testing.assert_close(states[row], expected)
+    before = states_before(states, h0, counts)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(before[row], torch.cat([h0[i : i + 1], states[row[:-1]]]))
+
+
+@pytest.mark.parametrize("lengths", [[2], [3, 2, 2, 1]])
+def test_gradients_of_packed_sequences(lengths: list[int]) -> None:
+    counts, inputs = packed_inputs(lengths, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: gru_packed(*x, counts), inputs)

@@ -14,6 +14,9 @@ Shapes: ``A`` slots (1 where all share one weight), ``T`` steps, ``N`` rows, ``H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,6 +117,74 @@ def gru_sequence(gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor) 
         States after each step ``[A, T, N, H]``.
     """
     return _GruSequence.apply(gates_x, h0, weight_h, bias_h)
+
+
+class _GruPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor, counts: Sequence[int]) -> Tensor:
+        """As :class:`_GruSequence`, on rows that get fewer from step to step."""
+        hidden = gates_x.shape[1] // 3
+        gates, n, h = torch.empty_like(gates_x), gates_x.new_empty(len(gates_x), hidden), gates_x.new_empty(len(gates_x), hidden)
+        w_t, before, start = weight_h.t(), h0, 0
+        for count in counts:
+            now = slice(start, start + count)
+            product, state = gates[now], before[:count]
+            torch.addmm(bias_h, state, w_t, out=product)
+            product[:, : 2 * hidden].add_(gates_x[now, : 2 * hidden]).sigmoid_()
+            r, z, h_n = product.chunk(3, 1)
+            candidate = _tanh_(torch.addcmul(gates_x[now, 2 * hidden :], r, h_n, out=n[now]))
+            before = torch.lerp(candidate, state, z, out=h[now])
+            start += count
+        ctx.save_for_backward(weight_h, gates, n, h, h0)
+        ctx.counts = counts
+        return h
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Back-propagation through time."""
+        weight_h, gates, n, h, h0 = ctx.saved_tensors
+        counts, hidden = ctx.counts, n.shape[1]
+        starts, before = [0, *accumulate(counts)], states_before(h, h0, counts)
+        r, z, h_n = gates.chunk(3, 1)
+        keep = 1 - z
+        to_n = torch.addcmul(keep, keep, n * n, value=-1)
+        to_z = (before - n).mul_(z).mul_(keep)
+        to_r = (to_n * h_n).mul_(r).mul_(1 - r)
+        grad_h, grad_x = torch.empty_like(gates), torch.empty_like(gates)
+        flow = torch.zeros_like(h0)
+        for start, count in reversed(list(zip(starts, counts, strict=False))):
+            now = slice(start, start + count)
+            mine = flow[:count].add_(grad[now])
+            out = grad_h[now]
+            out_r, out_z, out_c = out.chunk(3, 1)
+            torch.mul(mine, to_r[now], out=out_r)
+            torch.mul(mine, to_z[now], out=out_z)
+            torch.mul(torch.mul(mine, to_n[now], out=grad_x[now, 2 * hidden :]), r[now], out=out_c)
+            mine.mul_(z[now]).addmm_(out, weight_h)
+        grad_x[:, : 2 * hidden] = grad_h[:, : 2 * hidden]
+        return grad_x, flow, grad_h.t() @ before, grad_h.sum(0), None
+
+
+def states_before(states: Tensor, h0: Tensor, counts: Sequence[int]) -> Tensor:
+    """The state before each row of :func:`gru_packed`: that of the same sequence one step earlier. All ``[sum(counts), H]``."""
+    starts = accumulate([0, *counts])
+    return torch.cat([h0[: counts[0]], *(states[start : start + count] for start, count in zip(starts, counts[1:], strict=False))])
+
+
+def gru_packed(gates_x: Tensor, h0: Tensor, weight_h: Tensor, bias_h: Tensor, counts: Sequence[int]) -> Tensor:
+    """All hidden states of sequences of different lengths, the longest first, without padding.
+
+    Args:
+        gates_x: Input gates ``[sum(counts), 3H]``: the rows of step 0, then those of step 1, and so on.
+        h0: First state ``[N, H]``, N as many as ``counts[0]`` or more.
+        weight_h: ``[3H, H]``.
+        bias_h: ``[3H]``.
+        counts: How many sequences, from the first on, have each step.
+
+    Returns:
+        The state after each row ``[sum(counts), H]``.
+    """
+    return _GruPacked.apply(gates_x, h0, weight_h, bias_h, counts)
 
 
 class MaskedGRU(nn.Module):

@@ -6,6 +6,7 @@ Shapes: ``A`` slots, ``N`` rows, ``I`` inputs, ``O`` outputs. No weight is ever 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -79,83 +80,80 @@ def apply_slots(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
-class Block(NamedTuple):
-    """Sequences of rows that are run together, one slot to each line.
+class Pack(NamedTuple):
+    """Sequences of one slot without padding: the longest first, and all their rows of a step together, step after step.
 
     Attributes:
-        slots: Whose the lines are.
-        sequences: int64 ``[slots, rows]``, the number of each sequence; lines that are too short are filled up with any.
-        real: bool ``[slots, rows]``, those that are not filling.
-        at: int64 ``[slots * T * rows]``, the number of each row, step after step within a line.
+        slot: Whose they are.
+        sequences: int64 ``[n]``, the number of each sequence.
+        counts: How many of them have a row at step 0, 1, …; never more than at the step before.
+        at: int64 ``[sum(counts)]``, the number of each row.
     """
 
-    slots: list[int]
+    slot: int
     sequences: Tensor
-    real: Tensor
+    counts: list[int]
     at: Tensor
 
 
-class Sorted(NamedTuple):
-    """Rows sorted by slot, and the way back.
-
-    Attributes:
-        blocks: What is run; none where no row has a slot.
-        back: int64 ``[A * T * N]``, where each row's result is among those of all blocks; anywhere for a row of no slot.
-        last_back: int64 ``[A * N]``, the same for results of a whole sequence.
-    """
-
-    blocks: list[Block]
-    back: Tensor
-    last_back: Tensor
-
-
-def sort_by_slot(own: Tensor, steps: int, n_slots: int) -> Sorted:
-    """Sorts sequences by slot, into one block per slot, or into one for all where filling up costs less than running each by itself.
+def pack_by_slot(own: Tensor, alive: Tensor, n_slots: int) -> tuple[list[Pack], Tensor]:
+    """Sorts sequences by slot, and leaves out the rows that do not count.
 
     Args:
         own: int64 ``[A, N]``, the slot of each sequence; negative for one of none.
-        steps: Steps of a sequence (T). Rows come as ``[A, T, N]``.
+        alive: bool ``[A, T, N]``, the rows that count: for each sequence those up to some step.
         n_slots: Slots.
 
-    Raises:
-        UsageError: A slot does not exist.
+    Returns:
+        One pack for each slot that has any, and where each row's result is among those of all packs: int64 ``[A * T * N]``, 0 for a row
+        that does not count.
     """
-    (a, n), device, own = own.shape, own.device, own.flatten()
-    none, *all_counts = torch.bincount(own.clamp_min(-1) + 1, minlength=n_slots + 1).tolist()
-    if len(all_counts) > n_slots:
-        raise UsageError(f"slot {len(all_counts) - 1} does not exist: there are the slots 0 to {n_slots - 1}")
+    a, t, n = alive.shape
+    lengths, own = alive.sum(1).flatten(), own.flatten()
+    order = (own * (t + 1) - lengths).argsort(stable=True)
+    none, *counts = torch.bincount(own + 1, minlength=n_slots + 1).tolist()
+    moments = torch.arange(t, device=own.device)[:, None]
+    packs = []
+    for slot, sequences in enumerate(order[none:].split(counts)):
+        if len(sequences):
+            here = moments[: int(lengths[sequences[0]])] < lengths[sequences]
+            # Step t of sequence (a, n) is row (a·T + t)·N + n.
+            rows = sequences // n * (t * n) + sequences % n + moments[: len(here)] * n
+            packs.append(Pack(slot, sequences, here.sum(1).tolist(), rows[here]))
+    back = own.new_zeros(a * t * n)
+    if packs:
+        at = torch.cat([pack.at for pack in packs])
+        back.index_copy_(0, at, torch.arange(len(at), device=own.device))
+    return packs, back
+
+
+def sort_by_slot(own: Tensor, n_slots: int) -> tuple[list[tuple[list[int], Tensor]], Tensor]:
+    """Sorts single rows by slot, into one block per slot, or into one for all where filling up costs less than running each by itself.
+
+    Args:
+        own: int64 ``[rows]``, the slot of each row; negative for one of none.
+        n_slots: Slots.
+
+    Returns:
+        Blocks: the slots, and the number of each row ``[slots, rows]``, where lines that are too short are filled up with any. And where
+        each row's result is among those of all blocks, int64 ``[rows]``, 0 for a row of no slot.
+    """
+    none, *all_counts = torch.bincount(own + 1, minlength=n_slots + 1).tolist()
     present = [slot for slot, count in enumerate(all_counts) if count]
     counts = [all_counts[slot] for slot in present]
+    back = torch.zeros_like(own)
     if not present:
-        return Sorted([], own, own)
+        return [], back
     longest, total = max(counts), sum(counts)
-    together = len(present) > 1 and (len(present) * longest - total) * steps <= _WORTH_A_RUN * len(present)
     order = own.argsort(stable=True)[none:]
-    sizes = torch.tensor(counts, device=device)
-    line = torch.arange(len(present), device=device).repeat_interleave(sizes, output_size=total)
-    before = (sizes.cumsum(0) - sizes)[line]
-    place = torch.arange(total, device=device) - before
-    if together:
-        width = torch.full_like(line, longest)
-        row = line * longest + place
-        filled = order.new_zeros(len(present) * longest).index_copy_(0, row, order)
-        lines = [(present, filled.view(-1, longest), torch.arange(longest, device=device) < sizes[:, None])]
+    place = torch.arange(total, device=own.device)
+    if len(present) > 1 and len(present) * longest - total <= _WORTH_A_RUN * len(present):
+        gaps = torch.tensor([k * longest - start for k, start in enumerate(accumulate([0, *counts[:-1]]))], device=own.device)
+        place = place + gaps.repeat_interleave(torch.tensor(counts, device=own.device), output_size=total)
+        blocks = [(present, order.new_zeros(len(present) * longest).index_copy_(0, place, order).view(-1, longest))]
     else:
-        width, row = sizes[line], before + place
-        lines = [
-            ([slot], one[None], torch.ones_like(one[None], dtype=torch.bool))
-            for slot, one in zip(present, order.split(counts), strict=True)
-        ]
-    moments = torch.arange(steps, device=device)[:, None]
-    # Step t of sequence (a, n) is row (a·T + t)·N + n.
-    blocks = [
-        Block(slots, sequences, real, ((sequences // n * (steps * n) + sequences % n)[:, None] + moments * n).flatten())
-        for slots, sequences, real in lines
-    ]
-    # A line's results stand together, step after step: what came before it, its own steps so far, and the place in this one.
-    result = (row - place) * steps + moments * width + place
-    back = own.new_zeros(steps, a * n).index_copy_(1, order, result).view(steps, a, n).transpose(0, 1).flatten()
-    return Sorted(blocks, back, own.new_zeros(a * n).index_copy_(0, order, row))
+        blocks = [([slot], rows[None]) for slot, rows in zip(present, order.split(counts), strict=True)]
+    return blocks, back.index_copy_(0, order, place)
 
 
 def by_segments(x: Tensor, slots: Tensor, n_slots: int, function: Callable[[int, Tensor], Tensor]) -> Tensor:
