@@ -35,9 +35,9 @@ def folder(tmp_path, monkeypatch) -> Path:
             del sys.modules[name]
 
 
-def guides_example() -> str:
+def guides_example(file: str = "my_env") -> str:
     """The block of the guide that begins with the name of a file."""
-    found = re.search(r"```python\n(# my_env\.py:.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(rf"```python\n(# {file}\.py:.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -70,6 +70,25 @@ def test_an_installed_command_finds_a_module_in_the_current_folder(folder):
     command = "import sys; sys.path = [p for p in sys.path if p]; from k24.cli import main; sys.exit(main(['check-env', 'my_env:make']))"
     done = subprocess.run([sys.executable, "-P", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and last_json(done.stdout)["ok"] is True, done.stderr
+
+
+def test_the_guides_opponents_and_slot_rule(folder, capfd):
+    """A prey against random chasers, then chasers against that prey, in two roles; the run and its file play alike."""
+    pytest.importorskip("vmas")
+    write(folder, "my_slots", guides_example("my_slots"))
+    short = ["--steps", "400", "--quiet", *SHORT]
+    assert main(["train", "mpe/simple_tag", "--env-args", "side=good", "opponents=random", "--out", "prey", *short]) == 0
+    assert main(["export", "prey", "--out", "prey.safetensors"]) == 0
+    sides = ["--env-args", "side=adversary", "opponents=prey.safetensors"]
+    assert main(["train", "mpe/simple_tag", *sides, "--out", "chasers", *short]) == 0
+    assert main(["train", "mpe/simple_tag", "--slots", "my_slots:by_role", "--out", "roles", *short]) == 0
+    capfd.readouterr()
+    assert main(["export", "chasers", "--out", "chasers.safetensors"]) == 0
+    returns = []
+    for what in ("chasers", "chasers.safetensors"):
+        assert main(["eval", what, "--episodes", "16"]) == 0
+        returns.append(last_json(capfd.readouterr().out)["return_mean"])
+    assert returns[0] == pytest.approx(returns[1])
 
 
 SLOW = """
