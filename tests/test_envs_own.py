@@ -167,6 +167,7 @@ def test_a_pettingzoo_environment_and_a_batch_of_ones_own(folder):
 BROKEN = """
 import numpy as np
 from k24.envs import EnvSpec, Outcome, SingleEnv, TeamEnv, View
+from k24.envs.toy import MemoryGame
 
 class Env(SingleEnv):
     spec = EnvSpec(n_agents=2, obs_dim=2, state_dim=4, n_actions=2, episode_limit=5)
@@ -201,6 +202,16 @@ def wrong_batch(n_envs, device):
 
 def fails():
     raise ValueError("no level 7")
+
+class Batch(MemoryGame):
+    def step(self, actions):
+        raise ZeroDivisionError("no friction")
+
+def batch(n_envs, device):
+    return Batch(n_envs, device)
+
+def no_batch(n_envs, device):
+    raise IndexError("no map")
 """
 
 
@@ -236,6 +247,19 @@ def test_what_is_no_environment_is_said_before_anything_starts(folder, task, sai
     write(folder, "syntax", "def make(:\n")
     with pytest.raises(UsageError, match=said):
         make_env(task, 2, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("batch", r"broken:batch: step raised ZeroDivisionError: no friction.*broken\.py:\d+"),
+        ("no_batch", r"broken:no_batch raised IndexError: no map"),
+    ],
+)
+def test_a_batch_of_ones_own_that_raises_is_one_line(folder, capfd, name, said):
+    write(folder, "broken", BROKEN)
+    message = refused(capfd, "train", f"broken:{name}", "--steps", "200", "--out", "run", *SHORT, status=1)
+    assert re.search(said, message), message
 
 
 def test_a_function_that_fails_is_quoted_with_its_place(folder):

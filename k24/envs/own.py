@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from k24.envs.base import SingleEnv, TeamEnv
-from k24.errors import UsageError, unknown_name
+from k24.envs.base import Observation, SingleEnv, Step, TeamEnv
+from k24.envs.batch import describe
+from k24.errors import K24Error, RunError, UsageError, unknown_name
 
 TASKS: dict[str, str] = {}
 
@@ -36,10 +38,9 @@ def load(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        # Whatever a user's module raises while it is imported. Its last frame says where.
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if isinstance(error, ModuleNotFoundError) else f", {place.filename}:{place.lineno}"
-        raise UsageError(f"{path}: the module {module_name!r} does not import ({type(error).__name__}: {error}{where})") from error
+        # Whatever a user's module raises while it is imported.
+        said = f"{type(error).__name__}: {error}" if isinstance(error, ModuleNotFoundError) else describe(error)
+        raise UsageError(f"{path}: the module {module_name!r} does not import ({said})") from error
     function = getattr(module, name, None)
     if not callable(function):
         public = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
@@ -52,16 +53,61 @@ def is_batched(function: Callable[..., Any]) -> bool:
     return "n_envs" in inspect.signature(function).parameters
 
 
+class OwnBatch(TeamEnv):
+    """A user's batch of environments, whose exceptions say where they come from.
+
+    Args:
+        task: Its name.
+        env: The user's.
+    """
+
+    def __init__(self, task: str, env: TeamEnv) -> None:
+        self._task, self._env = task, env
+        self.spec, self.n_envs, self.device, self.sides = env.spec, env.n_envs, env.device, env.sides
+
+    def reset(self, seed: int) -> Observation:
+        """See ``TeamEnv.reset``."""
+        with _told(f"{self._task}: reset"):
+            return self._env.reset(seed)
+
+    def step(self, actions: Tensor) -> Step:
+        """See ``TeamEnv.step``."""
+        with _told(f"{self._task}: step"):
+            return self._env.step(actions)
+
+    def close(self) -> None:
+        """See ``TeamEnv.close``."""
+        self._env.close()
+
+    def render(self) -> Tensor | None:
+        """See ``TeamEnv.render``."""
+        with _told(f"{self._task}: render"):
+            return self._env.render()
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns whatever a user's code raises into one line."""
+    try:
+        yield
+    except K24Error:
+        raise
+    except Exception as error:
+        raise RunError(f"{what} raised {describe(error)}") from error
+
+
 def make(task: str, n_envs: int, device: torch.device, **kwargs: object) -> TeamEnv:
     """Makes a batch by a function that takes ``n_envs``.
 
     Raises:
         UsageError: It returned something else.
+        RunError: It raised an exception.
     """
-    env = load(task)(n_envs=n_envs, device=device, **kwargs)
+    with _told(task):
+        env = load(task)(n_envs=n_envs, device=device, **kwargs)
     if not isinstance(env, TeamEnv):
         raise UsageError(f"{task} takes n_envs, so it must return a k24.envs.TeamEnv, got {type(env).__name__}")
-    return env
+    return OwnBatch(task, env)
 
 
 def make_one(task: str, **kwargs: object) -> SingleEnv:
