@@ -52,12 +52,17 @@ def test_steps_as_jaxmarl_does():
     env = smax.make("smax/smacv2_5_units", 3)
     index, n_agents, n_ends = 1, env.spec.n_agents, 0
 
+    def scaled(state):
+        """Ten numbers for each of ten units (health, two of its place, weapon, type one-hot), teams, types."""
+        units = np.array(state[:100]).reshape(10, 10) / [1, 32, 32, 1.87, 1, 1, 1, 1, 1, 1]
+        return np.concatenate([units.flatten(), state[100:110], state[110:] / 6]).clip(-1, 1)
+
     def compare(seen, obs, state):
         avail = avail_of(state)
         for agent, name in enumerate(single.agents):
             np.testing.assert_allclose(seen.obs[agent, index], obs[name], atol=1e-4)
             np.testing.assert_array_equal(seen.avail[agent, index], avail[name])
-        np.testing.assert_allclose(seen.state[index], obs["world_state"], atol=1e-4)
+        np.testing.assert_allclose(seen.state[index], scaled(obs["world_state"]), atol=1e-4)
         np.testing.assert_array_equal(seen.alive[:, index], state.state.unit_alive[:n_agents])
 
     def begin(key):
