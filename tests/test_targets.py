@@ -15,8 +15,8 @@ from torch.autograd import gradcheck
 from k24.envs.base import EnvSpec
 from k24.learners import Episodes, ValueConfig, ValueLearner
 from k24.learners.mixers import QMixer, SumMixer, make_mixer, track
+from k24.learners.statistics import RunningMoments, system_neural_diversity
 from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
-from k24.learners.value import RunningMoments, system_neural_diversity
 from k24.sharing import make_sharing
 
 REWARD = torch.tensor([1.0, 2.0, 3.0, 4.0])

@@ -22,6 +22,7 @@ from k24.errors import LAST_GOOD, RunError, UsageError
 from k24.learners.mixers import make_mixer, track
 from k24.learners.replay import EpisodeReplay, Episodes
 from k24.learners.rollout import RandomActor, ValueActor, collect_episodes, slots_of
+from k24.learners.statistics import RunningMoments, system_neural_diversity
 from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
 from k24.nets import AgentNet, Weights, detach_weights
 from k24.sharing.base import Events, Sharing
@@ -101,27 +102,6 @@ class ValueConfig:
             )
         if not self.grad_clip > 0:
             raise UsageError(f"grad_clip {self.grad_clip} must be positive")
-
-
-class RunningMoments:
-    """Mean and variance of all that was seen, batch by batch (Chan et al. 1979)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.square = 0.0, 0.0, 0.0
-
-    def update(self, values: Tensor) -> None:
-        """Takes a batch of any shape."""
-        values = values.double()
-        n, mean = values.numel(), float(values.mean())
-        delta, total = mean - self.mean, self.count + n
-        self.square += float((values - mean).square().sum()) + delta * delta * self.count * n / total
-        self.mean += delta * n / total
-        self.count = total
-
-    @property
-    def std(self) -> float:
-        """Standard deviation, at least 1e-4 so that a constant can be divided by it."""
-        return max((self.square / self.count) ** 0.5, 1e-4) if self.count > 1 else 1.0
 
 
 class ValueLearner:
@@ -421,25 +401,6 @@ class ValueLearner:
             self.mixer.load_state_dict(state["mixer"])
         self.sharing.load_state_dict(state["sharing"])
         self._acting = None
-
-
-def system_neural_diversity(policies: Tensor) -> float:
-    """System Neural Diversity (Bettini et al. 2023, arXiv 2305.02128): mean distance of two agents' policies on the same observations.
-
-    For discrete actions the distance is the square root of the Jensen–Shannon divergence in base 2, a metric in [0, 1].
-
-    Args:
-        policies: Action probabilities ``[A, observations, U]``.
-    """
-    n = policies.shape[0]
-    i, j = torch.triu_indices(n, n, 1)
-    p, q = policies[i].double(), policies[j].double()
-    mean = (p + q) / 2
-
-    def entropy(x: Tensor) -> Tensor:
-        return -(x * x.clamp_min(1e-300).log2()).sum(-1)
-
-    return float((entropy(mean) - (entropy(p) + entropy(q)) / 2).clamp_min(0).sqrt().mean())
 
 
 def _tensors(weights: Weights) -> list[Tensor]:
