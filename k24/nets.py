@@ -21,6 +21,8 @@ from k24.sparse.layers import MaskedLinear
 from k24.sparse.slots import Phase, SlotWeights, apply_slots, pack_by_slot, sort_by_slot
 
 Weights = list[SlotWeights]
+# By layer, what it is to take note of: slot, inputs, and which of these rows count.
+Segments = dict[str, list[tuple[int, Tensor, Tensor]]]
 
 
 def detach_weights(weights: Sequence[SlotWeights]) -> Weights:
@@ -135,63 +137,63 @@ class AgentNet(nn.Module):
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Rows that choose their slot; observations come with the agents' indices."""
-        steps, alive = obs.shape[1], slots >= 0
         if bool((slots >= self.n_slots).any()):
             raise UsageError(f"slot {int(slots.max())} does not exist: this net has the slots 0 to {self.n_slots - 1}")
-        own = slots.amax(1)
         if not noted and all(len(w.weight) == len(w.bias) == 1 for w in weights):
-            own = own.clamp_max(0)  # one set of weights for all: nothing to tell apart
-        if steps == 1:
-            return self._forward_sorted(weights, obs, h, alive if valid is None else alive & valid, noted, own)
-        changes = (slots != slots.amax(1, keepdim=True)) & alive if int(own.max()) else torch.zeros_like(alive)
-        comes_back = alive[:, 1:] & ~alive[:, :-1]
-        if bool(changes.any() | comes_back.any()):
-            return self._forward_steps(weights, obs, h, valid, noted, slots)
-        return self._forward_packed(weights, obs, h, alive, alive if valid is None else alive & valid, noted, own)
+            slots = slots.clamp_max(0)  # one set of weights for all: nothing to tell apart
+        seen: Segments = {name: [] for name in noted}
+        alive = slots >= 0
+        counted = alive if valid is None else alive & valid
+        own = slots.amax(1)
+        if obs.shape[1] == 1:
+            out, last = self._forward_sorted(weights, obs, h, counted, own, seen)
+        else:
+            # Sequences whose slot changes on the way, or whose unit comes back, take one step after the other; few do, if any.
+            odd = ((slots != own[:, None]) & alive).any(1)
+            odd |= (alive[:, 1:] & ~alive[:, :-1]).any(1)
+            some = bool(odd.any())
+            plain = (own.masked_fill(odd, -1), alive & ~odd[:, None]) if some else (own, alive)
+            out, last = self._forward_packed(weights, obs, h, plain[1], counted, plain[0], seen)
+            if some:
+                stepped, last_stepped = self._forward_steps(weights, obs, h, counted, slots.masked_fill(~odd[:, None], -1), seen)
+                out, last = out + stepped, last + last_stepped
+        for name, layer in noted.items():
+            layer.observe_segments(seen[name])
+        return out, last
 
     def _forward_packed(
-        self,
-        weights: Sequence[SlotWeights],
-        obs: Tensor,
-        h: Tensor,
-        alive: Tensor,
-        counted: Tensor,
-        noted: dict[str, MaskedLinear],
-        own: Tensor,
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, alive: Tensor, counted: Tensor, own: Tensor, seen: Segments
     ) -> tuple[Tensor, Tensor]:
         """Whole sequences of the slots ``own [A, N]``, each as long as its unit lives: nothing is computed for the other rows."""
         a, t, n, width = obs.shape
         flat, flat_h, flat_counted = obs.reshape(a * t * n, width), h.reshape(a * n, -1), counted.reshape(-1)
         packs, back = pack_by_slot(own, alive, self.n_slots)
         cut = _cut(weights)
-        segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
         outputs, last = [], torch.zeros_like(flat_h)
         for slot, sequences, counts, at in packs:
             fc1, gru_x, gru_h, fc2, fc3, fc4 = cut[min(slot, len(cut) - 1)]
             start, here = flat_h[sequences], flat_counted[at]
 
             def linear(name: str, x: Tensor, made: SlotWeights, slot: int = slot, here: Tensor = here) -> Tensor:
-                if name in segments:
-                    segments[name].append((slot, x.detach(), here))
+                if name in seen:
+                    seen[name].append((slot, x.detach(), here))
                 return F.linear(x, made.weight[0], made.bias[0])
 
             x = linear("fc1", flat.index_select(0, at), fc1).relu_()
             states = gru_packed(linear("gru_input", x, gru_x), start, gru_h.weight[0], gru_h.bias[0], counts)
-            if "gru_recurrent" in segments:
-                segments["gru_recurrent"].append((slot, states_before(states.detach(), start, counts), here))
+            if "gru_recurrent" in seen:
+                seen["gru_recurrent"].append((slot, states_before(states.detach(), start, counts), here))
             x = linear("fc3", linear("fc2", states, fc2).relu_(), fc3).relu_()
             outputs.append(linear("fc4", x, fc4))
             if len(counts) == t:
                 last = last.index_copy(0, sequences[: counts[-1]], states[len(states) - counts[-1] :])
-        for name, layer in noted.items():
-            layer.observe_segments(segments[name])
         if not outputs:
             return obs.new_zeros(a, t, n, self.n_outputs), last.view(a, n, -1)
         out = torch.cat(outputs).index_select(0, back).view(a, t, n, -1)
         return out * alive[..., None], last.view(a, n, -1)
 
     def _forward_sorted(
-        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, counted: Tensor, noted: dict[str, MaskedLinear], own: Tensor
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, counted: Tensor, own: Tensor, seen: Segments
     ) -> tuple[Tensor, Tensor]:
         """One step of rows sorted by their slot ``own [A, N]``."""
         a, _, n, width = obs.shape
@@ -202,24 +204,19 @@ class AgentNet(nn.Module):
         if not blocks:
             return obs.new_zeros(a, 1, n, self.n_outputs), torch.zeros_like(h)
         flat, flat_h, flat_own, flat_counted = obs.reshape(a * n, width), h.reshape(a * n, -1), own.flatten(), counted.reshape(-1)
-        segments: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in noted}
         outputs, lasts = [], []
         for slots, at in blocks:
             height, rows = at.shape
             watch = {}
-            if noted:
+            if seen:
                 # A line is filled up with a row of another slot, or with one that it already has.
-                real = (
-                    torch.arange(rows, device=obs.device)
-                    < torch.tensor([int((flat_own == s).sum()) for s in slots], device=obs.device)[:, None]
-                )
-                watch = {name: partial(_keep, segments[name], slots, flat_counted[at] & real) for name in noted}
+                lengths = torch.stack([(flat_own == slot).sum() for slot in slots])
+                valid = flat_counted[at] & (torch.arange(rows, device=obs.device) < lengths[:, None])
+                watch = {name: partial(_keep, kept, slots, valid) for name, kept in seen.items()}
             x = flat.index_select(0, at.flatten()).view(height, 1, rows, width)
             out, states = _run(_of_slots(weights, slots), x, flat_h[at], watch)
             outputs.append(out.reshape(height * rows, -1))
             lasts.append(states.reshape(height * rows, -1))
-        for name, layer in noted.items():
-            layer.observe_segments(segments[name])
         alive = (own >= 0)[..., None]
         out, last = (
             (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, back).view(a, n, -1) * alive for parts in (outputs, lasts)
@@ -227,13 +224,13 @@ class AgentNet(nn.Module):
         return out[:, None], last
 
     def _forward_steps(
-        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
+        self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, counted: Tensor, slots: Tensor, seen: Segments
     ) -> tuple[Tensor, Tensor]:
-        """One step after the other: for sequences whose slot changes on the way, or whose unit comes back."""
+        """One step after the other."""
         outputs = []
         for t in range(obs.shape[1]):
             now = slice(t, t + 1)
-            out, h = self._forward_slots(weights, obs[:, now], h, None if valid is None else valid[now], noted, slots[:, now])
+            out, h = self._forward_sorted(weights, obs[:, now], h, counted[:, now], slots[:, t], seen)
             outputs.append(out)
         return torch.cat(outputs, 1), h
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from k24.envs.base import EnvSpec, Observation
+from k24.envs import make_env
+from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.errors import RunError, UsageError
 from k24.learners import Episodes, ValueActor, ValueConfig, ValueLearner
 from k24.learners.rollout import slots_of
@@ -130,7 +132,7 @@ def test_the_agents_own_indices_as_slots_are_the_plain_layout(kind: str) -> None
         torch.testing.assert_close(net(weights, obs, net.initial_state(7))[0], plain)
 
 
-@pytest.mark.parametrize("kind", ["whole", "deaths"])
+@pytest.mark.parametrize("kind", ["whole", "deaths", "arrivals", "anything"])
 def test_only_rows_that_count_move_the_running_magnitude_and_each_moves_its_own(kind: str) -> None:
     g = torch.Generator().manual_seed(3)
     net = make_net()
@@ -149,6 +151,7 @@ def test_only_rows_that_count_move_the_running_magnitude_and_each_moves_its_own(
         else:
             expected = before[slot] * 0.99 + x[mine].abs().mean(0) * 0.01
             torch.testing.assert_close(layer.ema[slot], expected)
+    assert int(layer.seen) == 1, "one pass is one update, however many blocks it takes"
     recurrent = net.layers["gru_recurrent"]
     assert isinstance(recurrent, MaskedLinear)
     assert torch.equal(recurrent.ema[1], torch.ones(HIDDEN)) and not torch.equal(recurrent.ema[0], torch.ones(HIDDEN))
@@ -185,6 +188,16 @@ def test_the_dead_have_no_slot_whatever_a_rule_says() -> None:
 def test_a_rule_that_gives_something_else_is_told_so(wrong) -> None:
     with pytest.raises(RunError, match=r"the slot rule must return int64 \[1, 1, 2\]"):
         slots_of(SlotRule(2, wrong), torch.zeros(1, 1, 2, 3), None)
+
+
+def test_any_negative_slot_is_none() -> None:
+    slots, _ = slots_of(SlotRule(2, lambda obs: torch.full(obs.shape[:-1], -7)), torch.zeros(1, 1, 2, 3), None)
+    assert slots is not None and slots.tolist() == [[[-1, -1]]]
+
+
+def test_a_rule_that_raises_is_quoted() -> None:
+    with pytest.raises(RunError, match=r"the slot rule raised IndexError: index 9 .*test_nets_slots\.py:\d+"):
+        slots_of(SlotRule(2, lambda obs: obs[..., 9].long()), torch.zeros(1, 1, 2, 3), None)
 
 
 def test_a_rule_and_a_scheme_must_agree() -> None:
@@ -233,6 +246,55 @@ def test_what_the_dead_did_changes_nothing(algo: str, rule: SlotRule | None) -> 
     batch.actions = torch.where(batch.alive[:, :-1], batch.actions, (batch.actions + 1) % ACTIONS)
     for one, other in zip(before, loss_and_state(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("returns", [{"td_lambda": 0.6}, {"n_step": 3}, {}])
+def test_what_is_paid_after_an_agents_death_does_not_reach_it(returns: dict) -> None:
+    """Without a mixer each agent has returns of its own, and they end with it."""
+    spec = EnvSpec(2, OBS, 4, ACTIONS, 5, unit_types=(0, 3))
+    dead = torch.tensor([[2, 2], [6, 6]])
+    batch = episodes(spec, 2, torch.Generator().manual_seed(0), dead)
+    batch.obs[1] = 0  # only the one that dies is looked at
+    learner = ValueLearner(
+        "iql", spec, make_sharing("k24", 3), ValueConfig(standardise_rewards=False, **returns), HIDDEN, rule=by_unit_type(0, 3)
+    )
+    learner.sharing.resample(0.5, torch.Generator().manual_seed(1))
+    losses = []
+    for paid in (0.0, 100.0):
+        batch.reward[:, 3:] = paid
+        losses.append(float(learner.td_loss(batch, learner.net.materialise("train")).detach()))
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_a_batch_in_which_no_row_counts_is_told() -> None:
+    spec = EnvSpec(2, OBS, 4, ACTIONS, 5)
+    batch = episodes(spec, 2, torch.Generator().manual_seed(0), torch.zeros(2, 2, dtype=torch.int64))
+    learner = ValueLearner("iql", spec, make_sharing("k24", 3), ValueConfig(standardise_rewards=False), HIDDEN, rule=by_unit_type(0, 3))
+    with pytest.raises(RunError, match="no row of the batch has a slot"):
+        learner.update(batch, 0.1, 0)
+
+
+def test_policies_are_compared_on_what_the_living_saw() -> None:
+    env = make_env("toy/units", 32)
+    unsaid = NoAlive(env)
+    learner = ValueLearner("qmix", env.spec, make_sharing("k24", 3), ValueConfig(), HIDDEN, rule=by_unit_type(0, 3))
+    learner.gather(unsaid, 0, seed=0)
+    assert learner._pool is not None and bool((learner._pool[:, :3].sum(1) == 1).all())
+
+
+class NoAlive(TeamEnv):
+    """The same without saying who is alive: only the types show it."""
+
+    def __init__(self, env: TeamEnv) -> None:
+        self.env, self.spec, self.n_envs, self.device = env, env.spec, env.n_envs, env.device
+
+    def reset(self, seed: int) -> Observation:
+        return replace(self.env.reset(seed), alive=None)
+
+    def step(self, actions: Tensor) -> Step:
+        step = self.env.step(actions)
+        after = replace(step.after, alive=None)
+        return replace(step, after=after, current=after if step.current is step.after else replace(step.current, alive=None))
 
 
 def test_the_dead_take_an_available_action() -> None:

@@ -138,7 +138,7 @@ class EpisodeReplay:
         self.size, self._next = int(state["size"]), int(state["next"])
         if not state["data"]:
             return
-        self._data = self._empty(**{name: state["data"][name] is not None for name in ("avail", "alive", "won")})
+        self._data = self._empty(**{name: state["data"].get(name) is not None for name in ("avail", "alive", "won")})
         for name, axis in EPISODE_AXIS.items():
-            if state["data"][name] is not None:
+            if state["data"].get(name) is not None:
                 getattr(self._data, name).narrow(axis, 0, self.size).copy_(state["data"][name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -92,10 +93,16 @@ def slots_of(rule: SlotRule | None, obs: Tensor, alive: Tensor | None) -> tuple[
     """
     if rule is None or rule.of is None:
         return None, alive
-    slots = rule.of(obs)
+    try:
+        slots = rule.of(obs)
+    except Exception as error:  # whatever a user's function raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        said = " ".join(str(error).split())
+        raise RunError(f"the slot rule raised {type(error).__name__}: {said} ({place.filename}:{place.lineno})") from error
     if not isinstance(slots, Tensor) or slots.shape != obs.shape[:-1] or slots.dtype != torch.int64:
         got = f"{slots.dtype} {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
         raise RunError(f"the slot rule must return int64 {list(obs.shape[:-1])} for observations {list(obs.shape)}, got {got}")
+    slots = slots.clamp_min(-1)
     return (slots if alive is None else slots.where(alive, -1)), None
 
 

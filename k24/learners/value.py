@@ -186,9 +186,12 @@ class ValueLearner:
         self._rewards.update(reward[_like(episodes.valid, reward)])
         self._owed += episodes.steps / c.env_steps_per_update
         if self._pool is None:
+            slots, alive = slots_of(self.rule, episodes.obs, episodes.alive)
+            alive = alive if slots is None else slots >= 0
             played = episodes.valid.expand(self.spec.n_agents, -1, -1)
-            counted = played if episodes.alive is None else played & episodes.alive[:, :-1]
-            self._pool = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)][:POOL].clone()
+            counted = played if alive is None else played & alive[:, :-1]
+            seen = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)][:POOL]
+            self._pool = seen.clone() if len(seen) else None
         return episodes
 
     def actor(self, phase: Phase = "act", epsilon: float = 0.0) -> ValueActor:
@@ -243,6 +246,8 @@ class ValueLearner:
                 f"loss_td is {value} after {self.updates} updates: lower lr (={self.config.lr}) or grad_clip (={self.config.grad_clip}); "
                 f"{LAST_GOOD}"
             )
+        if not loss.requires_grad:
+            raise RunError(f"no row of the batch has a slot after {self.updates} updates, so there is nothing to learn from: see slots")
         aux = self.sharing.aux_loss(weights, loss.detach())
         self.optimiser.zero_grad(set_to_none=True)
         (loss if aux is None else loss + aux).backward()
@@ -288,6 +293,11 @@ class ValueLearner:
             )
             terminated = _like(batch.terminated, reward)
             last = _like(_last_steps(batch.valid), reward)
+            present = alive if slots is None else slots >= 0
+            if self.mixer is None and present is not None:
+                # Without a mixer each agent has returns of its own, and they end with it.
+                died = (present[:, :-1] & ~present[:, 1:]).permute(1, 2, 0)
+                terminated, last = terminated | died, last | died
             if c.td_lambda > 0:
                 target = td_lambda_targets(reward, v_tp1, terminated, last, c.gamma, c.td_lambda)
             else:
@@ -295,9 +305,7 @@ class ValueLearner:
         q_taken = q[:, :-1].gather(-1, batch.actions[..., None]).squeeze(-1)
         error = self._mix(self.mixer, q_taken, batch.state[:-1]) - target
         counted = None if valid is None else _like(valid, error)
-        present = alive if slots is None else slots >= 0
         if self.mixer is None and present is not None:
-            # Without a mixer each agent has a loss of its own, and one that is not there has none.
             here = present[:, :-1].permute(1, 2, 0)
             counted = here if counted is None else counted & here
         return masked_mse(error, counted)

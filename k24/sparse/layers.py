@@ -315,7 +315,7 @@ class MaskedLinear(nn.Module):
         total, count = torch.zeros_like(self.ema), self.ema.new_zeros(self.n_slots, 1)
         for slot, x, valid in segments:
             mine = slot if self.n_slots > 1 else 0
-            total[mine] += valid.to(x.dtype) @ self._size(x)
+            total[mine] += torch.where(valid[:, None], self._size(x), 0.0).sum(0)
             count[mine] += valid.sum()
         self._take_in(total, count)
 
