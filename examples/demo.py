@@ -63,7 +63,7 @@ def demo(options: Options) -> None:
         raise UsageError(f"run folder {folder} exists: choose another --out")
     config = TrainConfig(task=options.task, steps=options.steps, eval_every=max(options.steps // 15, 1))
     env = build_env(config, 64)
-    fresh = build_learner(config, env)
+    fresh = build_learner(config, env.spec)
     random_return = float(play(fresh.random_actor(), env, EPISODES).returns.mean())
     before = float(play(fresh.actor("deploy"), env, EPISODES).returns.mean())
     result = run_training(config, folder)

@@ -263,7 +263,9 @@ def _read(file: BufferedReader) -> tuple[Net, PolicySpec, str]:
     about = _about(header.pop("__metadata__", None))
     entries = _entries(header, room)
     shapes = _shapes(about["net"], entries)
-    spec = PolicySpec(**strict.table(about["policy"], "the policy's spec", [field.name for field in fields(PolicySpec)]))
+    # The first files did not say whose each slot is: it was the agent's index.
+    said = {"slots": "agent", **about["policy"]} if isinstance(about["policy"], dict) else about["policy"]
+    spec = PolicySpec(**strict.table(said, "the policy's spec", [field.name for field in fields(PolicySpec)]))
     check_shapes(shapes, spec)
     tensors = {name: _tensor(file, start + entry.begin, entry) for name, entry in entries.items()}
     if _digest(about, tensors) != about["sha256"]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from k24.checkpoint import load_checkpoint
 from k24.config import TrainConfig, load_config
-from k24.envs import EnvSpec, Observation, TeamEnv, make_env
+from k24.envs import EnvSpec, Observation, TeamEnv, check_options, is_listed, make_env
+from k24.envs.opponents import FixedOpponents
 from k24.envs.own import load
-from k24.errors import CheckpointError, UsageError
+from k24.errors import CheckpointError, PolicyFileError, RunError, UsageError
 from k24.learners import Learner, RandomActor, collect_episodes, make_learner
+from k24.learners.rollout import slots_of
 from k24.policy import Policy, load_policy
 from k24.sharing import make_sharing
 from k24.sparse.slots import Phase, SlotRule, by_unit_type
@@ -39,11 +41,18 @@ class Run:
     steps: int
 
 
-def build_learner(config: TrainConfig, env: TeamEnv) -> Learner:
-    """A fresh learner of a configuration."""
-    rule = build_rule(config, env.spec)
+def build_learner(config: TrainConfig, spec: EnvSpec, device: torch.device | str = "cpu", rule: SlotRule | None = None) -> Learner:
+    """A fresh learner of a configuration.
+
+    Args:
+        config: The run.
+        spec: The environment's sizes.
+        device: Where it learns.
+        rule: Which slot each row uses; that of the configuration when None.
+    """
+    rule = rule or build_rule(config, spec)
     sharing = make_sharing(config.sharing, rule.n_slots, config.sharing_config)
-    return make_learner(config.algo, env.spec, sharing, config.learner, config.hidden, config.append_id, config.seed, env.device, rule)
+    return make_learner(config.algo, spec, sharing, config.learner, config.hidden, config.append_id, config.seed, device, rule)
 
 
 def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
@@ -62,11 +71,21 @@ def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
     try:
         rule = function(spec)
     except Exception as error:  # whatever the user's code raises
+        said = " ".join(str(error).split())
         raise UsageError(
-            f"slots {config.slots}: the function takes the task's EnvSpec, and fails with {type(error).__name__}: {error}"
+            f"slots {config.slots}: the function takes the task's EnvSpec, and fails with {type(error).__name__}: {said}"
         ) from error
-    if not isinstance(rule, SlotRule) or not isinstance(rule.n_slots, int) or rule.n_slots < 1:
-        raise UsageError(f"slots {config.slots}: the function takes the task's EnvSpec and must return a k24.SlotRule, got {rule!r}")
+    whole = isinstance(rule, SlotRule) and type(rule.n_slots) is int and rule.n_slots >= 1
+    if not whole or not callable(rule.of):
+        raise UsageError(f"slots {config.slots}: the function must return a k24.SlotRule of a whole number and a function, got {rule!r}")
+    rule = SlotRule(rule.n_slots, rule.of)
+    for steps in (1, 2):
+        try:
+            slots, _ = slots_of(rule, torch.zeros(spec.n_agents, steps, 1, spec.obs_dim), None)
+        except RunError as error:
+            raise UsageError(f"slots {config.slots}: {error}") from error
+        if slots is not None and int(slots.max()) >= rule.n_slots:
+            raise UsageError(f"slots {config.slots}: the rule says there are {rule.n_slots} slots, and gives slot {int(slots.max())}")
     return rule
 
 
@@ -84,12 +103,24 @@ def build_env(config: TrainConfig, n_envs: int, device: torch.device | str = "cp
     """
     kwargs = config.env_kwargs
     side, opponents = kwargs.pop("side", None), kwargs.pop("opponents", None)
+    check_options(config.task, kwargs)
+    other: Any = opponents
+    if opponents not in (None, "random"):
+        try:
+            other = load_policy(str(opponents), device)
+        except PolicyFileError as error:
+            raise UsageError(f"opponents: {error}") from error
     env = make_env(config.task, n_envs, device, config.workers if workers is None else workers, **kwargs)
-    if side is None and opponents is None:
-        return env
-    from k24.envs.opponents import FixedOpponents
+    return env if side is None and opponents is None else FixedOpponents(env, side, other)
 
-    return FixedOpponents(env, side, opponents if opponents in (None, "random") else load_policy(str(opponents), device))
+
+def pinned(config: TrainConfig) -> TrainConfig:
+    """The configuration with the opponents' file by its whole path, so that the run can be played from any folder."""
+    name = "opponents="
+    args = (
+        a if not a.startswith(name) or a == name + "random" else f"{name}{Path(a.removeprefix(name)).absolute()}" for a in config.env_args
+    )
+    return replace(config, env_args=tuple(args))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -105,8 +136,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def load_run(folder: Path, device: torch.device | str = "cpu") -> Run:
-    """Reads a run folder.
+def load_run(folder: Path, device: torch.device | str = "cpu", act: bool = False) -> Run:
+    """Reads a run folder. Builds no environment, and runs no code that the folder names unless it is to act.
+
+    Args:
+        folder: Run folder.
+        device: Where its learner lives.
+        act: Whether the policy will act, and so needs the slot rule that the run was started with.
 
     Raises:
         UsageError: It is no run folder, or has no checkpoint yet.
@@ -122,9 +158,15 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> Run:
     if found is None:
         raise UsageError(f"{folder} has no checkpoint yet: train longer, or resume it with --resume")
     steps, state = found
-    env = build_env(config, 1, device, workers=0)
-    learner = build_learner(config, env)
-    env.close()
+    try:
+        spec, rule = EnvSpec(**state["spec"]), SlotRule(state["n_slots"], unit_types=state["unit_types"])
+    except (KeyError, TypeError, UsageError) as error:
+        raise CheckpointError(
+            f"the checkpoint in {folder} does not say what it was trained on ({error}): it is of another version of k24"
+        ) from error
+    if act:
+        rule = build_rule(config, spec)
+    learner = build_learner(config, spec, device, rule)
     restore(learner.load_policy_state, state, folder)
     return Run(config, learner, steps)
 
@@ -203,14 +245,19 @@ def open_run(folder: Path, device: torch.device | str = "cpu", phase: Phase = "d
         phase: Which masks act.
         random: Play at random instead.
     """
-    run = load_run(folder, device)
+    run = load_run(folder, device, act=True)
     actor = run.learner.random_actor() if random else run.learner.actor(phase)
     name = "random" if random else f"{run.config.algo}-{run.config.sharing}"
     return Player(actor, lambda n_envs: build_env(run.config, n_envs, device), run.config.task, name, run.steps)
 
 
 def open_policy(
-    path: Path, device: torch.device | str = "cpu", backend: str = "auto", env_args: tuple[str, ...] = (), random: bool = False
+    path: Path,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    env_args: tuple[str, ...] = (),
+    random: bool = False,
+    task: str | None = None,
 ) -> Player:
     """A policy file.
 
@@ -220,13 +267,20 @@ def open_policy(
         backend: What runs it; see :func:`k24.kernels.prepare`.
         env_args: Arguments of its task, each as name=value; those it was trained with when empty.
         random: Play at random instead.
+        task: What to play; the task it was trained on when None. A file can name a task, but not make us import code of its choice.
 
     Raises:
         UsageError: The file is no policy, cannot run here, or its task is not known or has other sizes.
     """
     policy = load_policy(path, device, backend)
     spec = policy.spec
-    config = TrainConfig(task=spec.task, env_args=env_args or spec.env_args)
+    if task is None and not is_listed(spec.task):
+        raise UsageError(
+            f"{path} was trained on {spec.task!r}, which is none of k24's own tasks: if it is code that you trust, name it with --task"
+        )
+    if spec.slots == "given":
+        raise UsageError(f"{path} is told its slots by a function of its trainer's, which no file holds: play the run folder instead")
+    config = TrainConfig(task=task or spec.task, env_args=env_args or spec.env_args)
 
     def make(n_envs: int) -> TeamEnv:
         env = build_env(config, n_envs, device)
@@ -236,11 +290,15 @@ def open_policy(
                 f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, which has {found} here: give the arguments "
                 f"it was trained with, as in --env-args n_agents={spec.n_agents}"
             )
+        if isinstance(spec.slots, tuple) and spec.slots != env.spec.unit_types:
+            raise UsageError(
+                f"{path} reads unit types from features {list(spec.slots)}, and {config.task} has them in {env.spec.unit_types}"
+            )
         return env
 
     if random:
-        return Player(RandomActor(spec.n_actions, torch.Generator(device).manual_seed(0)), make, spec.task, "random", spec.steps)
-    return Player(PolicyActor(policy), make, spec.task, f"{spec.algo}-{spec.sharing}", spec.steps, policy)
+        return Player(RandomActor(spec.n_actions, torch.Generator(device).manual_seed(0)), make, config.task, "random", spec.steps)
+    return Player(PolicyActor(policy), make, config.task, f"{spec.algo}-{spec.sharing}", spec.steps, policy)
 
 
 class Played(NamedTuple):

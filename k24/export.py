@@ -93,7 +93,7 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
         require_onnx()
     run = load_run(folder)
     agent_net, rule = run.learner.net, run.learner.rule
-    if onnx is not None and rule.of is not None:
+    if onnx is not None and run.config.slots != "agent":
         raise UsageError(f"an ONNX file holds one policy per agent, and here slots go by {run.config.slots}: leave --onnx out")
     for name, parameter in agent_net.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -109,7 +109,7 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
         n_actions=agent_net.n_outputs,
         agent_id=agent_net.agent_id,
         env_args=run.config.env_args,
-        slots=(rule.unit_types or "given") if rule.of is not None else "agent",
+        slots="agent" if run.config.slots == "agent" else rule.unit_types or "given",
     )
     typed = _as_type(net, list(agent_net.layers), dtype)
     with contextlib.ExitStack() as files:

@@ -171,8 +171,9 @@ class Policy:
         if x.dtype not in self._dtypes or x.device != self.device:
             x = x.to(self.device, x.dtype if x.dtype in self._dtypes else torch.float32)
         if self._of is not None and slots is None:
-            return self._agents_of_slots(x, self._of(x), state)
-        if slots is not None and x.ndim == 3:
+            return self._agents_of_slots(x, None, state)
+        of_agents = x.ndim == 3 or (self.spec.agent_id and self.spec.slots != "agent" and x.shape[0] == self.spec.n_agents)
+        if slots is not None and of_agents:
             return self._agents_of_slots(x, _slots(slots, x), state)
         shape = x.shape
         rank = len(shape)
@@ -192,19 +193,22 @@ class Policy:
         values, state = self._prepared.run(x, state, None)
         return (values, state) if rank == 3 else (values.squeeze(1), state.squeeze(1))
 
-    def _agents_of_slots(self, x: Tensor, slots: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Rows of agents, each with a slot that is not its agent's index."""
+    def _agents_of_slots(self, x: Tensor, slots: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows of agents, each with a slot that is not its agent's index; read from the observation when None."""
         n, d = self.spec.n_agents, self._obs_dim
         if not 2 <= x.ndim <= 3 or x.shape[0] != n or x.shape[-1] != d:
             raise UsageError(f"obs must be [{n}, envs, {d}] or [{n}, {d}] (agents first), got {list(x.shape)}")
+        if slots is None:
+            assert self._of is not None
+            slots = self._of(x)
         if state is not None:
             state = self._checked_state(state, x, x.shape[:-1]).reshape(-1, self._hidden)
         lead = x.shape[:-1]
         if self.spec.agent_id:
             ids = self._ids.to(x.dtype)
             x = torch.cat((x, ids.expand(-1, lead[1], -1) if x.ndim == 3 else ids[:, 0]), -1)
-        values, state = self._prepared(x.reshape(slots.numel(), -1), state, slots.reshape(-1))
-        return values.view(*lead, -1), state.view(*lead, -1)
+        values, state = self._prepared(x.reshape(slots.numel(), x.shape[-1]), state, slots.reshape(-1))
+        return values.view(*lead, self.spec.n_actions), state.view(*lead, self._hidden)
 
     def _mixed_rows(self, x: Tensor, state: Tensor | None, slots: Any) -> tuple[Tensor, Tensor]:
         if slots is None:

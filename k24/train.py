@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from k24.allocator import keep_freed_memory
 from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.errors import UsageError
-from k24.evaluate import EVAL_SEED, build_env, build_learner, play, resolve_device, restore, summary
+from k24.evaluate import EVAL_SEED, build_env, build_learner, pinned, play, resolve_device, restore, summary
 from k24.files import write_atomically
 from k24.sparse.slots import Phase
 
@@ -156,13 +156,13 @@ def train(
     """
     if not config.task:
         raise UsageError("no task given: 'k24 tasks' lists them, for example mpe/simple_spread")
-    folder = folder or default_folder(config)
+    folder, config = folder or default_folder(config), pinned(config)
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     env = build_env(config, config.envs, device)
     eval_env = build_env(config, config.eval_episodes, device)
-    learner = build_learner(config, env)
+    learner = build_learner(config, env.spec, env.device)
     prepare_folder(config, folder, resume)
 
     steps = rounds = 0
@@ -183,6 +183,9 @@ def train(
             steps,
             {
                 "learner": learner.state_dict(),
+                "spec": asdict(env.spec),
+                "n_slots": learner.rule.n_slots,
+                "unit_types": learner.rule.unit_types,
                 "rounds": rounds,
                 "next_log": next_log,
                 "next_eval": next_eval,
@@ -196,6 +199,8 @@ def train(
 
     try:
         while steps < config.steps:
+            if steps == first and should_stop is not None and should_stop():
+                return Result(folder, steps, False, {}, 0.0)  # asked while environments were built: there is nothing to save yet
             episodes = learner.gather(env, steps, seed=round_seed(config.seed, rounds))
             steps, rounds = steps + episodes.steps, rounds + 1
             learner.learn(min(steps / config.steps, 1.0), steps)

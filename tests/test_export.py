@@ -280,7 +280,7 @@ print(sorted(name for name in sys.modules if name.startswith("k24.")))
             "eval GOOD.safetensors --env-args n_cues=4",
             "GOOD.safetensors is for toy/memory with (agents, observation, actions) = (2, 3, 2), which has (2, 5, 4) here: give the",
         ),
-        ("eval OTHER.safetensors", "unknown environment suite 'some': did you mean"),
+        ("eval OTHER.safetensors", "OTHER.safetensors was trained on 'some/game', which is none of k24's own tasks"),
         ("inspect nothing.safetensors", "policy file 'nothing.safetensors' cannot be read (No such file or directory)"),
         ("inspect file", "policy file 'file': is empty"),
     ],
@@ -399,6 +399,11 @@ def test_a_policy_of_unit_types_reads_them_from_the_observation(units, tmp_path,
         last, seen = seen, env.step(actions).after
     assert bool((~last.alive).any()) and not bool(values[~last.alive].any()) and not bool(state[~last.alive].any())
     seen = last
+    with pytest.raises(UsageError, match=r"obs must be \[4, envs, 4\]"):
+        policy.act(torch.zeros(4, 6, 2))
+    assert policy.act(torch.zeros(4, 0, 4))[0].shape == (4, 0)
+    single, _ = policy.outputs(seen.obs[:, 2], slots=rule.of(seen.obs[:, 2]))
+    torch.testing.assert_close(single, policy.outputs(seen.obs[:, 2:3])[0][:, 0])
     one, _ = policy.outputs(seen.obs[:, 2].numpy())
     torch.testing.assert_close(torch.from_numpy(one), policy.outputs(seen.obs[:, 2:3])[0][:, 0])
 
@@ -427,3 +432,31 @@ def test_a_policy_of_the_users_own_slots_must_be_told_them(tmp_path):
     assert policy.act(obs, slots=torch.zeros(3, 5, dtype=torch.int64))[0].shape == (3, 5)
     with pytest.raises(UsageError, match=r"slots must be int64 \[3, 5\]"):
         policy.act(obs, slots=torch.zeros(3, dtype=torch.int64))
+
+
+# --- what a file or a folder from elsewhere cannot do ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["evil:make", "pettingzoo/evil:make", "pettingzoo/evil"])
+def test_a_policy_file_cannot_make_k24_import_what_it_names(finished, tmp_path, monkeypatch, capfd, task):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('pwned', 'w').close()\n")
+    export_run(finished, tmp_path / "good.safetensors")
+    policy = load_policy(tmp_path / "good.safetensors")
+    save_policy(Path("bad.safetensors"), policy.net, dataclasses.replace(policy.spec, task=task))
+    message = refused(capfd, "eval", "bad.safetensors")
+    assert message.endswith(f"was trained on {task!r}, which is none of k24's own tasks: if it is code that you trust, name it with --task")
+    assert not (tmp_path / "pwned").exists()
+    assert main(["eval", "bad.safetensors", "--task", "toy/memory", "--episodes", "4"]) == 0
+
+
+def test_looking_at_a_run_and_exporting_it_run_no_code_that_it_names(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('pwned', 'w').close()\n")
+    shutil.copytree(finished, "run")
+    config = Path("run/config.yaml").read_text().replace("task: toy/memory", "task: evil:make").replace("slots: agent", "slots: evil:rule")
+    assert "evil:make" in config and "evil:rule" in config
+    Path("run/config.yaml").write_text(config)
+    assert main(["inspect", "run"]) == 0 and main(["export", "run", "--out", "p.safetensors"]) == 0
+    assert not (tmp_path / "pwned").exists()
+    assert load_policy("p.safetensors").spec.slots == "given"

@@ -42,7 +42,7 @@ MEMORY = dataclasses.replace(
 def untrained(config: TrainConfig) -> float:
     """Return of the team before any training, which is deterministic."""
     env = build_env(config, 32)
-    return float(play(build_learner(config, env).actor("deploy"), env, 32).returns.mean())
+    return float(play(build_learner(config, env.spec).actor("deploy"), env, 32).returns.mean())
 
 
 def learned(config: TrainConfig, folder: Path, best: float | None = None) -> float:

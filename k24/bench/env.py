@@ -22,8 +22,9 @@ from tyro.conf import Positional
 from k24.bench.timing import race
 from k24.config import TrainConfig
 from k24.envs import TeamEnv
+from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner
-from k24.learners import RandomActor, ValueActor
+from k24.learners import RandomActor, ValueActor, ValueConfig
 
 # Steps of the whole batch in one sample.
 _SAMPLE_SECONDS = 0.25
@@ -66,6 +67,11 @@ def bench_env(options: BenchEnv) -> dict[str, Any]:
         ``raw_steps_per_s`` of the raw simulator, None where there is no plain loop for it; and ``over_raw``, how many times longer a step
         takes with the net acting.
     """
+    if options.threads < 1 or options.envs < 1 or options.workers < 0 or not 0 < options.seconds < 1e6:
+        raise UsageError(
+            f"threads (={options.threads}) and envs (={options.envs}) must be at least 1, workers (={options.workers}) at least 0, "
+            f"seconds (={options.seconds}) above 0"
+        )
     torch.set_num_threads(options.threads)
     config = TrainConfig(
         task=options.task,
@@ -74,13 +80,14 @@ def bench_env(options: BenchEnv) -> dict[str, Any]:
         hidden=options.hidden,
         env_args=options.env_args,
         envs=options.envs,
+        learner=ValueConfig(buffer_size=max(options.envs, ValueConfig.buffer_size)),
     )
     env, alone = (build_env(config, options.envs, "cpu", options.workers) for _ in range(2))
     try:
         if env.spec.continuous:
             actor: Any = _RandomVectors(env)
         else:
-            actor = build_learner(config, env).actor("act", epsilon=0.05)
+            actor = build_learner(config, env.spec).actor("act", epsilon=0.05)
         functions = {
             "acting": _player(env, actor),
             "random": _player(

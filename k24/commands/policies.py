@@ -39,6 +39,8 @@ class EvalOptions:
     """Arguments of a policy file's task in place of those it was trained with, each as name=value."""
     gif: Path | None = None
     """Save one episode as a moving picture."""
+    task: str | None = None
+    """Of a policy file, what to play; the task it was trained on when left out."""
     random: bool = False
     """Play at random instead, for comparison."""
     device: str = "auto"
@@ -62,10 +64,10 @@ def eval_command(arguments: list[str]) -> None:
     if is_policy_file(options.run):
         if options.masks != "argmax":
             raise UsageError(f"--masks {options.masks} needs a run: a policy file holds its most likely masks alone")
-        player = open_policy(options.run, device, options.backend, options.env_args, options.random)
+        player = open_policy(options.run, device, options.backend, options.env_args, options.random, options.task)
     else:
-        if options.backend != "auto" or options.env_args:
-            given = "--env-args" if options.env_args else f"--backend {options.backend}"
+        if options.backend != "auto" or options.env_args or options.task is not None:
+            given = "--env-args" if options.env_args else "--task" if options.task is not None else f"--backend {options.backend}"
             raise UsageError(f"{given} needs a policy file: {options.run} is a run, export it with 'k24 export' first")
         phase: Any = {"argmax": "deploy", "sampled": "sampled", "expected": "act"}[options.masks]
         player = open_run(options.run, device, phase, options.random)

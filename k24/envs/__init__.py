@@ -3,15 +3,17 @@
 ``make_env("mpe/simple_spread", 32)`` imports the one module that the task needs; ``import k24.envs`` imports no simulator. A suite
 is a module with a table ``TASKS`` (task -> what it is about) and one of two functions: ``make(task, n_envs, device, **kwargs)`` where the
 simulator steps whole batches, ``make_one(task, **kwargs)`` where it is a ``SingleEnv``, of which ``Copies`` runs many. Neither may need the
-simulator to be installed before it is called. A module may also have ``accepts(task)``, for names beyond its table, and
-``missing(package)``, which says what else a machine lacks. To add a suite, write such a module and name it in ``SUITES``. An environment of
-your own needs none of that: ``make_env("my_package.my_env:make", 32)``, see ``k24.envs.own``.
+simulator to be installed before it is called. A module may also have ``accepts(task)``, for names beyond its table;
+``IMPORTS = True``, where such names are import paths; and ``missing(package)``, which says what else a machine lacks. To add a suite, write
+such a module and name it in ``SUITES``. An environment of your own needs none of that: ``make_env("my_package.my_env:make", 32)``, see
+``k24.envs.own``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,7 +21,8 @@ import torch
 
 from k24.envs.base import EnvSpec, Observation, Outcome, SingleEnv, Step, TeamEnv, View
 from k24.envs.check import check_env
-from k24.errors import UsageError, unknown_name
+from k24.envs.options import REFUSALS, refused
+from k24.errors import K24Error, UsageError, unknown_name
 
 __all__ = [
     "SUITES",
@@ -33,6 +36,8 @@ __all__ = [
     "TeamEnv",
     "View",
     "check_env",
+    "check_options",
+    "is_listed",
     "list_tasks",
     "make_env",
 ]
@@ -87,7 +92,7 @@ class TaskRow(NamedTuple):
     about: str
 
 
-def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", workers: int | None = None, **kwargs: object) -> TeamEnv:
+def make_env(task: str, /, n_envs: int, device: str | torch.device = "cpu", workers: int | None = None, **kwargs: object) -> TeamEnv:
     """Makes a batch of environments by name.
 
     Args:
@@ -101,13 +106,12 @@ def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", workers
         UsageError: An unknown task or option, a size that makes no sense, or a package that is not installed.
     """
     suite, module = _find(task)
-    if not isinstance(n_envs, int) or n_envs < 1:
-        raise UsageError(f"{task}: n_envs must be a whole number of at least 1, got {n_envs!r}")
-    if workers is not None and (not isinstance(workers, int) or workers < 0):
-        raise UsageError(f"{task}: workers must be a whole number of at least 0, got {workers!r}")
-    max_steps = kwargs.get("max_steps")
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
-        raise UsageError(f"{task}: max_steps must be a whole number of at least 1, got {max_steps!r}")
+    check_options(task, kwargs)
+    for name, value, least in (("n_envs", n_envs, 1), ("workers", workers, 0), ("max_steps", kwargs.get("max_steps"), 1)):
+        if value is None and name != "n_envs":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{task}: {name} must be a whole number of at least {least}, got {value!r}")
     lacking = _lacking(suite, module)
     if lacking is not None:
         raise UsageError(f"{task} {lacking}")
@@ -125,14 +129,37 @@ def make_env(task: str, n_envs: int, device: str | torch.device = "cpu", workers
         return module.make(task, n_envs, where, **kwargs)
     except ImportError as error:
         raise UsageError(f"{task} needs the package {suite.package!r}, which does not import ({error}): {_how(suite, module)}") from error
-    except UsageError:
+    except K24Error:
         raise
-    except (AssertionError, LookupError, TypeError, ValueError) as error:
+    except REFUSALS as error:
         # Simulators check their options in ways of their own, or not at all.
-        given = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-        if not given:
+        if not kwargs:
             raise
-        raise UsageError(f"{task} can't be made with {given}: {error}") from error
+        raise refused(task, kwargs, error) from error
+
+
+def check_options(task: str, kwargs: Mapping[str, object]) -> None:
+    """Raises for options of a task that are named like arguments of ``make_env``.
+
+    Raises:
+        UsageError: It names the first.
+    """
+    for name in ("task", "n_envs", "device", "workers"):
+        if name in kwargs:
+            raise UsageError(f"unknown option of {task} {name!r}: it is set for every task alike, outside the task's options")
+
+
+def is_listed(task: str) -> bool:
+    """Whether a task is one that k24 knows, so that making it imports nothing that its name alone chose.
+
+    True for the tasks of ``list_tasks``, and for names like those that a suite works out. Where False, a name found in somebody else's file
+    may run any code that Python finds.
+    """
+    suite_name, slash, _ = task.partition("/")
+    if not slash or suite_name not in SUITES:
+        return False
+    module = importlib.import_module(SUITES[suite_name].module)
+    return task in module.TASKS or (not getattr(module, "IMPORTS", False) and hasattr(module, "accepts") and module.accepts(task))
 
 
 def list_tasks() -> list[TaskRow]:
