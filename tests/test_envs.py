@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from k24.envs import SUITES, check_env, list_tasks, make_env
+from k24.envs import SUITES, check_env, check_options, is_listed, list_tasks, make_env
 from k24.envs import toy as toy_module
 from k24.errors import RunError, UsageError
 
@@ -68,6 +68,8 @@ def test_every_extra_of_a_suite_is_one_of_the_package():
         ("toy/memory", {"n_cue": 3}, "unknown option of toy/memory 'n_cue': did you mean 'n_cues'?"),
         ("toy/memory", {"n_cues": 1}, "toy/memory: n_cues must be at least 2, got 1"),
         ("toy/memory", {"max_steps": 0}, "toy/memory: max_steps must be a whole number of at least 1, got 0"),
+        ("toy/memory", {"max_steps": True}, "toy/memory: max_steps must be a whole number of at least 1, got True"),
+        ("toy/memory", {"task": 3}, "unknown option of toy/memory 'task': it is set for every task alike, outside the task's options"),
         ("toy/matrix", {"n_envs": 0}, "toy/matrix: n_envs must be a whole number of at least 1, got 0"),
         ("toy/matrix", {"device": "gpu"}, "toy/matrix: unknown device 'gpu': expected cpu, cuda or cuda:<index>"),
         ("toy/specialisation", {"n_agents": "3"}, "toy/specialisation: n_agents must be a whole number, got '3'"),
@@ -91,6 +93,54 @@ def test_options_that_a_simulator_cannot_take_are_usage_errors(task):
     pytest.importorskip("vmas")
     with pytest.raises(UsageError, match=f"{task} can't be made with n_agents=0: "):
         make_env(task, 2, n_agents=0)
+
+
+@pytest.mark.parametrize("name", ["task", "n_envs", "device", "workers"])
+def test_options_are_not_named_like_arguments_of_make_env(name):
+    check_options("toy/memory", {"n_cues": 2})
+    with pytest.raises(UsageError, match=f"unknown option of toy/memory '{name}': it is set for every task alike"):
+        check_options("toy/memory", {name: 3})
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("odd\nsize"), "odd size"),
+        (ZeroDivisionError("no step"), "no step"),
+        (AttributeError("no map"), "no map"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_whatever_a_constructor_raises_for_options_is_one_line(monkeypatch, error, reason):
+    def make(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(toy_module, "make", make)
+    with pytest.raises(UsageError) as caught:
+        make_env("toy/memory", 2, n_cues=3)
+    assert str(caught.value) == f"toy/memory can't be made with n_cues=3: {reason}"
+    with pytest.raises(type(error)):
+        make_env("toy/memory", 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "listed"),
+    [
+        ("toy/matrix", True),
+        ("pettingzoo/mpe2.simple_tag_v3", True),
+        ("lbf/9x9-3p-2f", True),
+        ("mamujoco/ManySegmentAnt-3x2", True),
+        ("pettingzoo/os.path", False),
+        ("pettingzoo/os:system", False),
+        ("my_env:make", False),
+        ("lbf/os.path", False),
+        ("toy/my_env:make", False),
+        ("matrix", False),
+        ("nowhere/matrix", False),
+    ],
+)
+def test_only_names_that_import_nothing_of_their_own_are_listed(task, listed):
+    assert is_listed(task) is listed
 
 
 def test_missing_package_names_the_command(monkeypatch):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 from k24.envs import EnvSpec, Observation, Step, TeamEnv, check_env
-from k24.errors import RunError
+from k24.errors import RunError, UsageError
 
 
 class _Walk(TeamEnv):
@@ -19,7 +22,9 @@ class _Walk(TeamEnv):
 
     def __init__(self, fault: str = "", n_envs: int = 3) -> None:
         self.fault, self.n_envs, self.device = fault, n_envs, torch.device("cpu")
-        self.spec = EnvSpec(n_agents=2, obs_dim=1, state_dim=2, n_actions=3, episode_limit=0 if fault == "spec" else 6)
+        self.sides = ("left",) if fault == "sides" else None
+        self.may_cut = fault == "cuts"
+        self.spec = EnvSpec(n_agents=2, obs_dim=1, state_dim=2, n_actions=3, episode_limit=6) if fault != "spec" else {}
         self._own = self.shared if fault == "shared generator" else torch.Generator()
         self._drift = 0.0
 
@@ -59,7 +64,7 @@ class _Walk(TeamEnv):
         self._t += 1
         reward = self._x[:1].clone() if self.fault == "reward shape" else self._x.clone()
         terminated = (self._x > 3).all(0)
-        truncated = self._t >= 6
+        truncated = self._t >= (4 if self.fault in ("early", "cuts") else 6)
         if self.fault == "endless":
             truncated = torch.zeros_like(terminated)
         if self.fault != "both":
@@ -67,7 +72,9 @@ class _Walk(TeamEnv):
         else:
             terminated = terminated | (self._t >= 6)
         ended = terminated | truncated
-        if self.fault == "last reward":
+        if self.fault == "costs":
+            reward = -torch.ones_like(reward)
+        if self.fault in ("last reward", "costs"):
             reward[:, ended] = 0
         after = self._see()
         if ended.any() or self.fault == "two objects":
@@ -95,7 +102,9 @@ def test_check_env_passes_a_good_environment_and_leaves_the_generators_alone():
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("spec", r"_Walk.episode_limit: expected a whole number of at least 1, got 0"),
+        ("spec", r"_Walk.spec: expected an EnvSpec, got dict"),
+        ("sides", r"_Walk.sides: expected one for each of 2 agents, got \('left',\)"),
+        ("early", r"truncated at the episode_limit \(=6\) only, got in environment 0 after 4 steps of its episode"),
         ("dtype", r"_Walk.reset: expected the result.obs to be float32 \[2, 3, 1\] on cpu, got float64 \[2, 3, 1\] on cpu"),
         ("reward shape", r"_Walk.step: expected reward to be float32 \[2, 3\] on cpu, got float32 \[1, 3\] on cpu"),
         ("tuple", r"_Walk.step: expected a Step, got tuple"),
@@ -126,3 +135,37 @@ def test_check_env_names_the_fault(fault, message):
 def test_check_env_refuses_what_is_no_environment():
     with pytest.raises(RunError, match="expected a TeamEnv or a function that makes one, got dict"):
         check_env(dict)
+
+
+@pytest.mark.parametrize(("honest", "passed"), [("costs", set()), ("cuts", {"last reward"})])
+def test_check_env_does_not_cry_wolf(honest, passed):
+    """Where each step costs and the last is free, and where a simulator has limits of its own."""
+    assert set(check_env(lambda: _Walk(honest))) >= {"auto-reset", *passed}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        *((name, 0, "a whole number of at least 1") for name in ("n_agents", "obs_dim", "state_dim", "n_actions", "episode_limit")),
+        ("n_agents", 2.0, "a whole number of at least 1"),
+        ("episode_limit", None, "a whole number of at least 1"),
+        ("obs_dim", True, "a whole number of at least 1"),
+        ("continuous", "yes", "True or False"),
+        ("unit_types", (0, 5), r"None or \(start, stop\) with 0 <= start < stop <= obs_dim \(=4\)"),
+        ("unit_types", (1, 1), "None or"),
+        ("unit_types", (0, 1, 2), "None or"),
+        ("unit_types", 3, "None or"),
+        ("unit_types", "01", "None or"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused_by_name(field, value, expected):
+    sizes = {"n_agents": 2, "obs_dim": 4, "state_dim": 8, "n_actions": 3, "episode_limit": 5, field: value}
+    with pytest.raises(UsageError, match=f"^EnvSpec: {field} must be {expected}.*, got {re.escape(repr(value))}$"):
+        EnvSpec(**sizes)
+
+
+def test_sizes_of_numpy_become_pythons():
+    two, four = np.int64(2), np.int32(4)
+    spec = EnvSpec(two, four, four, two, four, np.True_, [np.int8(1), four])
+    assert spec == EnvSpec(2, 4, 4, 2, 4, True, (1, 4)) and hash(spec) == hash(EnvSpec(2, 4, 4, 2, 4, True, (1, 4)))
+    assert json.dumps(asdict(spec))

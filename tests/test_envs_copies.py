@@ -47,6 +47,8 @@ class Walk(SingleEnv):
     def reset(self, seed: int) -> View:
         self.random = np.random.default_rng(seed)
         self.x, self.t = self.random.random(len(self.sizes)), 0
+        if self.fault == "exit in reset":
+            sys.exit(0)
         if self.fault == "raise in reset":
             raise KeyError("no map")
         return self.view()
@@ -74,6 +76,8 @@ class Walk(SingleEnv):
             reward = _REWARDS[self.fault]
         if late and self.fault == "tuple":
             return (self.view(), reward, False, False)  # type: ignore[return-value]
+        if late and self.fault == "exit":
+            sys.exit("that's it")
         if late and self.fault == "raise":
             raise ValueError("negative\nmass")
         return Outcome(self.view(), reward, terminated, self.fault == "own limit" and self.t == 3, won)  # type: ignore[arg-type]
@@ -113,6 +117,12 @@ class Walk(SingleEnv):
             raise OSError("no display")
         return np.full((4, 5, 3), self.t, np.float64 if self.fault == "picture" else np.uint8) if "picture" in self.give else None
 
+    def close(self) -> None:
+        if self.fault == "raise in close":
+            raise OSError("already gone")
+        if self.fault == "exit in close":
+            sys.exit(0)
+
 
 _REWARDS = {"one reward": 1.0, "short reward": [1.0], "text": ["a", "b"], "nan reward": [0.0, np.nan]}
 _VIEWS = {
@@ -136,6 +146,8 @@ _VIEWS = {
 def make_one(task: str, **kwargs: object) -> SingleEnv:
     if task == "usage":
         raise UsageError("unknown option of usage 'colour'")
+    if task == "exit":
+        sys.exit()
     if task == "import":
         raise ImportError("no module named 'pacman'")
     if task == "value":
@@ -507,6 +519,30 @@ def test_errors_that_workers_send_are_of_a_kind_that_callers_know(error):
         assert type(sent) is RunError and str(sent) == "OSError: no space left"
     else:
         assert type(sent) is type(error) and str(sent) == str(error)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("task", "fault", "said"),
+    [
+        ("exit", "", r"^exit can't be made: SystemExit \(.*:\d+\)$"),
+        ("walk", "exit in reset", r"^walk: reset: SystemExit: 0 \(.*:\d+\) \(environment 0\)$"),
+        ("walk", "exit", r"^walk: step: SystemExit: that's it \(.*:\d+\) \(environment 0\)$"),
+    ],
+)
+def test_sys_exit_in_a_simulator_is_an_error_like_any_other(workers, task, fault, said):
+    with pytest.raises(RunError, match=said):
+        play(Copies(__name__, task, {"fault": fault} if fault else {}, 2, workers=workers), 0, 3)
+
+
+@pytest.mark.parametrize("fault", ["raise in close", "exit in close"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_simulator_that_fails_at_its_end_spoils_nothing(workers, fault, caplog, capfd):
+    env = walks(2, workers=workers, fault=fault)
+    play(env, 0, 2)
+    env.close()
+    said = "walk: close: " + ("OSError: already gone" if "raise" in fault else "SystemExit: 0")
+    assert (caplog.text if workers == 0 else capfd.readouterr().err).count(said) == 2
 
 
 def test_options_that_can_not_be_sent_are_refused():

@@ -184,6 +184,11 @@ def test_wrong_sides_and_opponents_are_errors():
         FixedOpponents(_Duel(), "red", _Counter(2))
     with pytest.raises(UsageError, match=r"= \(1, 7, 4\) can't play"):
         FixedOpponents(_Duel(), "red", _Counter(1, obs_dim=7))
+    for pair in ((None, "random"), ("red", None), (3, "random"), ("red", 3)):
+        with pytest.raises(UsageError, match="side and opponents go together: side=adversary opponents=random"):
+            FixedOpponents(_Duel(), *pair)
+    with pytest.raises(UsageError, match="opponents: this policy must be told a slot for each agent"):
+        FixedOpponents(_Duel(), "red", _Counter(1, slots="given"))
     env = FixedOpponents(_Duel(continuous=True), "red", _Counter(1))
     env.reset(0)
     with pytest.raises(RunError, match=r"opponents: actions must be float32 \[1, 3, 4\], got int64 \[1, 3\]"):

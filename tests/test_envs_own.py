@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import refused
 
 from k24.cli import main
@@ -266,3 +268,156 @@ def test_a_function_that_fails_is_quoted_with_its_place(folder):
     write(folder, "broken", BROKEN)
     with pytest.raises((UsageError, RunError), match=r"no level 7"):
         make_env("broken:fails", 2, workers=0)
+
+
+# --- what a batch of one's own says --------------------------------------------------------------------------------------------------
+
+FAULTY = """
+import sys
+from dataclasses import replace
+import torch
+from k24.envs.toy import MemoryGame
+
+class Mine(MemoryGame):
+    def __init__(self, n_envs, device, fault):
+        super().__init__(n_envs + (fault == "n_envs"), device)
+        self.fault, self.clock = fault, 0
+        if fault == "sides":
+            self.sides = ("one",)
+        if fault == "no spec":
+            del self.spec
+        if fault == "device":
+            self.device = "cpu"
+
+    def reset(self, seed):
+        first = super().reset(seed)
+        return {"reset": None, "numpy": replace(first, obs=first.obs.numpy())}.get(self.fault, first)
+
+    def step(self, actions):
+        step, self.clock = super().step(actions), self.clock + 1
+        self.restarts = self.clock
+        if self.clock < 2:
+            return step
+        seen = step.after
+        if self.fault == "exit":
+            sys.exit(0)
+        if self.fault == "tuple":
+            return tuple(vars(step).values())
+        if self.fault == "reward":
+            return replace(step, reward=step.reward * float("nan"))
+        if self.fault == "won":
+            return replace(step, won=torch.zeros_like(step.terminated))
+        changed = {
+            "double": {"obs": seen.obs.double()},
+            "one": {"obs": seen.obs[:, :1]},
+            "nan": {"obs": seen.obs * float("nan")},
+            "stuck": {"avail": torch.zeros(2, self.n_envs, 2, dtype=torch.bool)},
+            "avail": {"avail": torch.ones(2, self.n_envs, 2, dtype=torch.bool)},
+        }
+        return replace(step, after=replace(seen, **changed[self.fault])) if self.fault in changed else step
+
+    def close(self):
+        raise OSError("already gone")
+
+def make(n_envs, device, fault=""):
+    if fault == "exit in make":
+        sys.exit()
+    return Mine(n_envs, device, fault)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("n_envs", "Mine.n_envs: expected the 4 that were asked for, got 5"),
+        ("sides", r"Mine.sides: expected one for each of 2 agents, got \('one',\)"),
+        ("no spec", "Mine.spec: expected an EnvSpec, got NoneType"),
+        ("device", "Mine.device: expected a torch.device, got 'cpu'"),
+        ("reset", "Mine.reset: expected the result to be an Observation, got NoneType"),
+        ("numpy", r"Mine.reset: expected the result.obs to be float32 \[2, 4, 3\] on cpu, got ndarray"),
+        ("tuple", "Mine.step: expected a Step, got tuple"),
+        ("double", r"Mine.step: expected after.obs to be float32 \[2, 4, 3\] on cpu, got float64 \[2, 4, 3\] on cpu"),
+        ("one", r"Mine.step: expected after.obs to be float32 \[2, 4, 3\] on cpu, got float32 \[2, 1, 3\] on cpu"),
+        ("nan", "Mine.step: expected after.obs to be finite, got nan"),
+        ("reward", "Mine.step: expected reward to be finite, got nan"),
+        ("stuck", "Mine.step: expected after.avail with at least one action for each agent, got none for agent 0 in environment 0"),
+        ("avail", "Mine.step: expected avail given always or never, got both"),
+        ("won", "Mine.step: expected won given always or never, got both"),
+        ("exit", r"step raised SystemExit: 0 \(.*faulty\.py:\d+\)"),
+    ],
+)
+def test_a_batch_of_ones_own_is_looked_at_as_it_goes(folder, fault, said):
+    write(folder, "faulty", FAULTY)
+    with pytest.raises(RunError, match=f"^faulty:make: {said}$"):
+        env = make_env("faulty:make", 4, fault=fault)
+        env.reset(0)
+        for _ in range(2):
+            env.step(torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_check_env_calls_a_batch_of_ones_own_by_its_class(folder, capfd):
+    write(folder, "faulty", FAULTY)
+    message = refused(capfd, "check-env", "faulty:make", "--env-args", "fault=nan", status=1)
+    assert "faulty:make: Mine.step: expected after.obs to be finite, got nan" in message
+
+
+def test_a_good_batch_of_ones_own_may_restart_and_fail_at_its_end(folder, caplog):
+    write(folder, "faulty", FAULTY)
+    env = make_env("faulty:make", 4)
+    env.reset(0)
+    for _ in range(3):
+        env.step(torch.zeros(2, 4, dtype=torch.int64))
+    assert env.restarts == 3
+    env.close()
+    assert "faulty:make: close: OSError: already gone (" in caplog.text
+
+
+# --- what a user's function does ---------------------------------------------------------------------------------------------------
+
+WILD = """
+import sys
+
+def exits():
+    sys.exit(0)
+
+def lacks():
+    import no_such_simulator
+
+def batch(n_envs, device, size=3):
+    pass
+
+def single(size=3):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "kind", "said"),
+    [
+        ("leaves:make", {}, UsageError, r"leaves:make: the module 'leaves' does not import \(SystemExit: 0 \(.*leaves\.py:2\)\)"),
+        ("wild:exits", {}, RunError, r"wild:exits can't be made: SystemExit: 0 \(.*wild\.py:5\)"),
+        ("faulty:make", {"fault": "exit in make"}, RunError, r"faulty:make raised SystemExit \(.*faulty\.py:\d+\)"),
+        ("wild:lacks", {}, UsageError, "wild:lacks can't be made: ModuleNotFoundError: No module named 'no_such_simulator' .*"),
+        ("wild:batch", {"sise": 1}, UsageError, "unknown option of wild:batch 'sise': did you mean 'size'?"),
+        ("wild:single", {"sise": 1}, UsageError, "unknown option of wild:single 'sise': did you mean 'size'?"),
+        ("wild:exits", {"size": 1}, UsageError, "unknown option of wild:exits 'size': there are none"),
+        ("builtins:int", {}, UsageError, "expected a function whose parameters can be looked up, got <class 'int'>: write one in Python"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_function_that_can_not_be_used_is_one_line(folder, task, options, kind, said, workers):
+    write(folder, "wild", WILD)
+    write(folder, "faulty", FAULTY)
+    write(folder, "leaves", "import sys\nsys.exit(0)\n")
+    with pytest.raises(kind, match=f"^{said.replace('?', '[?]')}$"):
+        make_env(task, 2, workers=workers, **options)
+
+
+def test_the_current_folder_hides_no_installed_module(folder, monkeypatch):
+    write(folder, "wave", "raise ImportError")
+    write(folder, "my_env", guides_example())
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(folder))])
+    make_env("my_env:make", 2, workers=0).close()
+    assert sys.path[-1] == "" and sys.path.count("") == 1
+    found = importlib.util.find_spec("wave")
+    assert found is not None and not found.origin.startswith(str(folder))

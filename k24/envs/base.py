@@ -22,14 +22,17 @@ The contract is small, and chosen so that no learner needs a special case:
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from k24.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class EnvSpec:
         continuous: Whether actions are vectors of U numbers in [-1, 1].
         unit_types: ``(start, stop)`` of the observation features that say one-hot which type of unit an agent is, where it has types that
             differ between episodes; all zero for a dead one. None where there is no such thing.
+
+    Raises:
+        UsageError: Sizes or limits that are no whole numbers of at least 1 (numpy's count), or another field that makes no sense.
     """
 
     n_agents: int
@@ -55,6 +61,31 @@ class EnvSpec:
     episode_limit: int
     continuous: bool = False
     unit_types: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_agents", "obs_dim", "state_dim", "n_actions", "episode_limit"):
+            given = getattr(self, name)
+            number = _whole(given)
+            if number is None or number < 1:
+                raise UsageError(f"EnvSpec: {name} must be a whole number of at least 1, got {given!r}")
+            object.__setattr__(self, name, number)
+        if not isinstance(self.continuous, bool | np.bool_):
+            raise UsageError(f"EnvSpec: continuous must be True or False, got {self.continuous!r}")
+        object.__setattr__(self, "continuous", bool(self.continuous))
+        if self.unit_types is not None:
+            edges = tuple(map(_whole, self.unit_types)) if isinstance(self.unit_types, Sequence) else ()
+            if len(edges) != 2 or None in edges or not 0 <= edges[0] < edges[1] <= self.obs_dim:
+                expected = f"(start, stop) with 0 <= start < stop <= obs_dim (={self.obs_dim})"
+                raise UsageError(f"EnvSpec: unit_types must be None or {expected}, got {self.unit_types!r}")
+            object.__setattr__(self, "unit_types", edges)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as Python's, numpy's too; None for anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -84,7 +115,8 @@ class Step:
         current: The observation to act on next: that of the new episode where one ended.
         reward: float32 ``[A, E]``.
         terminated: bool ``[E]``, the task ended.
-        truncated: bool ``[E]``, a time limit cut the episode, at ``EnvSpec.episode_limit`` steps. Never where ``terminated`` is.
+        truncated: bool ``[E]``, a time limit cut the episode, at ``EnvSpec.episode_limit`` steps; before only where the environment
+            ``may_cut``. Never where ``terminated`` is.
         won: bool ``[E]``, episodes that just ended in victory, where the task knows such a thing; else None, always.
     """
 
@@ -105,6 +137,7 @@ class TeamEnv(ABC):
         device: Where all tensors live.
         sides: The side of each agent, where several play against each other (``("adversary", "adversary", "good")``); else None.
         restarts: How often a part of the environment broke down and was started again.
+        may_cut: Whether episodes may be truncated before the episode limit, by a simulator with limits of its own.
     """
 
     spec: EnvSpec
@@ -112,6 +145,7 @@ class TeamEnv(ABC):
     device: torch.device
     sides: tuple[str, ...] | None = None
     restarts: int = 0
+    may_cut: bool = False
 
     @abstractmethod
     def reset(self, seed: int) -> Observation:
@@ -152,7 +186,7 @@ class Outcome(NamedTuple):
         view: What followed, also at the end of an episode.
         reward: ``[A]``.
         terminated: The task ended.
-        truncated: The simulator cut the episode; its caller also does so at ``EnvSpec.episode_limit``.
+        truncated: The simulator cut the episode, at any step; its caller also does so at ``EnvSpec.episode_limit``.
         won: Whether an episode that ended here was won; None where the task knows no victory.
     """
 

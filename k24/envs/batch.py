@@ -9,9 +9,9 @@ policy that learns nothing. So shapes are checked one by one as they are written
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
+import logging
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -20,6 +20,11 @@ import numpy as np
 
 from k24.envs.base import EnvSpec, Outcome, SingleEnv, View
 from k24.errors import K24Error, RunError
+
+# What simulators raise. A sys.exit() in their code is no wish to end this program.
+RAISED = (Exception, SystemExit)
+
+_log = logging.getLogger("k24")
 
 
 class Frame(NamedTuple):
@@ -164,9 +169,8 @@ class Batch:
                 if env.spec != self._envs[0].spec:
                     raise RunError(f"{task}: expected the same EnvSpec from every copy, got {self._envs[0].spec} and {env.spec}")
                 tick()
-        except Exception as error:
-            with contextlib.suppress(Exception):
-                self.close()
+        except RAISED as error:
+            self.close()
             if isinstance(error, K24Error | ImportError):
                 raise
             raise RunError(f"{task} can't be made: {describe(error)}") from error
@@ -267,20 +271,23 @@ class Batch:
         """The picture of the first copy."""
         try:
             return self._envs[0].render()
-        except Exception as error:
+        except RAISED as error:
             self._fail("render", 0, error)
 
     def close(self) -> None:
-        """Closes the copies. May be called more than once."""
+        """Closes the copies; one that fails at it spoils nothing that was done. May be called more than once."""
         while self._envs:
-            self._envs.pop().close()
+            try:
+                self._envs.pop().close()
+            except RAISED as error:
+                _log.warning("%s: close: %s", self._task, describe(error))
 
     def _begin(self, j: int, episode: int) -> View:
         """Starts an episode of copy ``j``."""
         self._episode[j], self._clock[j] = episode, 0
         try:
             return self._envs[j].reset(episode_seed(self._seed, self._copies[j], episode))
-        except Exception as error:
+        except RAISED as error:
             self._fail("reset", j, error)
 
     def _act(self, j: int, actions: np.ndarray) -> tuple[View, Any, bool, bool, bool | None]:
@@ -291,7 +298,7 @@ class Batch:
                 self._refuse("step", "an Outcome", type(outcome).__name__, j)
             view, reward, terminated, truncated, won = outcome
             terminated, truncated = bool(terminated), bool(truncated)
-        except Exception as error:
+        except RAISED as error:
             self._fail("step", j, error)
         assert self._form is not None
         if (won is not None) is not self._form.won:
@@ -397,7 +404,7 @@ class Batch:
         remedy = f"check it with 'k24 check-env {self._task}'"
         raise RunError(f"{self._task}: {method}: expected {expected}, got {got} {where}; {remedy}")
 
-    def _fail(self, method: str, j: int, error: Exception) -> NoReturn:
+    def _fail(self, method: str, j: int, error: BaseException) -> NoReturn:
         """Raises for an exception within copy ``j``."""
         if isinstance(error, K24Error):
             raise error
@@ -411,7 +418,7 @@ def episode_seed(seed: int, copy: int, episode: int) -> int:
 
 def describe(error: BaseException) -> str:
     """Type, message and place of an exception, on one line."""
-    said = " ".join([f"{type(error).__name__}:", *str(error).split()])
+    said = " ".join([type(error).__name__ + ":" * bool(str(error)), *str(error).split()])
     frames = traceback.extract_tb(error.__traceback__)
     return f"{said} ({frames[-1].filename}:{frames[-1].lineno})" if frames else said
 

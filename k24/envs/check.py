@@ -53,6 +53,76 @@ def action_shape(spec: EnvSpec, n_envs: int) -> tuple[tuple[int, ...], torch.dty
     return (spec.n_agents, n_envs), torch.int64
 
 
+def require_spec(env: TeamEnv) -> None:
+    """Raises ``RunError`` unless what an environment says of itself makes sense; an ``EnvSpec`` always does."""
+    spec, n_envs, device = (getattr(env, name, None) for name in ("spec", "n_envs", "device"))
+    if not isinstance(spec, EnvSpec):
+        _fail(env, "spec", "an EnvSpec", type(spec).__name__)
+    if not isinstance(n_envs, int) or n_envs < 1:
+        _fail(env, "n_envs", "a whole number of at least 1", repr(n_envs))
+    if env.sides is not None and (not isinstance(env.sides, tuple | list) or len(env.sides) != spec.n_agents):
+        _fail(env, "sides", f"one for each of {spec.n_agents} agents", repr(env.sides))
+    if not isinstance(device, torch.device):
+        _fail(env, "device", "a torch.device", repr(device))
+
+
+def require_observation(env: TeamEnv, method: str, name: str, observation: Observation, values: bool = True) -> None:
+    """Raises ``RunError`` unless an observation has the kinds, shapes and types that the contract wants.
+
+    Args:
+        env: Whose it is.
+        method: Which of its methods returned it, for the error.
+        name: What it is there, for the error.
+        observation: What came.
+        values: Whether to look at values, too: all must be finite, and every agent must have something to do. Waits for the device.
+    """
+    spec = env.spec
+    if not isinstance(observation, Observation):
+        _fail(env, method, f"{name} to be an Observation", type(observation).__name__)
+    agents = (spec.n_agents, env.n_envs)
+    _check_tensor(env, method, f"{name}.obs", observation.obs, (*agents, spec.obs_dim), torch.float32, values)
+    _check_tensor(env, method, f"{name}.state", observation.state, (env.n_envs, spec.state_dim), torch.float32, values)
+    if spec.continuous and observation.avail is not None:
+        _fail(env, method, f"{name}.avail to be None where actions are continuous", _kind(observation.avail))
+    if observation.alive is not None:
+        _check_tensor(env, method, f"{name}.alive", observation.alive, agents, torch.bool)
+    if observation.avail is not None:
+        _check_tensor(env, method, f"{name}.avail", observation.avail, (*agents, spec.n_actions), torch.bool)
+        stuck = (~observation.avail.any(dim=-1)).nonzero().tolist() if values else []
+        if stuck:
+            got = f"none for agent {stuck[0][0]} in environment {stuck[0][1]}"
+            _fail(env, method, f"{name}.avail with at least one action for each agent", got)
+
+
+def require_step(env: TeamEnv, step: Step, values: bool = True) -> None:
+    """Raises ``RunError`` unless a step has the kinds, shapes and types that the contract wants; see ``require_observation``."""
+    if not isinstance(step, Step):
+        _fail(env, "step", "a Step", type(step).__name__)
+    require_observation(env, "step", "after", step.after, values)
+    if step.current is not step.after:
+        require_observation(env, "step", "current", step.current, values)
+    _check_tensor(env, "step", "reward", step.reward, (env.spec.n_agents, env.n_envs), torch.float32, values)
+    _check_tensor(env, "step", "terminated", step.terminated, (env.n_envs,), torch.bool)
+    _check_tensor(env, "step", "truncated", step.truncated, (env.n_envs,), torch.bool)
+    if step.won is not None:
+        _check_tensor(env, "step", "won", step.won, (env.n_envs,), torch.bool)
+
+
+class Given:
+    """Remembers which of the optional parts an environment gave at first; it must give them always or never."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, bool] = {}
+
+    def require(self, env: TeamEnv, method: str, *parts: Observation | Step) -> None:
+        """Raises ``RunError`` where a part has become another habit."""
+        for part in parts:
+            for name in ("won",) if isinstance(part, Step) else ("avail", "alive"):
+                given = getattr(part, name) is not None
+                if self._given.setdefault(name, given) is not given:
+                    _fail(env, method, f"{name} given always or never", "both")
+
+
 def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | None = None) -> list[str]:
     """Checks that an environment keeps the contract, by playing it at random.
 
@@ -79,7 +149,8 @@ def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | 
             raise RunError(f"check_env: expected a TeamEnv or a function that makes one, got {type(subject).__name__}")
         if make is not None:
             _same_globals(subject, "__init__", before)
-        passed = _check_spec(subject)
+        require_spec(subject)
+        passed = ["spec"]
         # Into the middle of the second episode: the next play then starts from a world that a reset must really clear.
         limit = subject.spec.episode_limit
         steps = steps or min(limit + limit // 2 + 1, _LONGEST_PLAY)
@@ -113,6 +184,8 @@ def _play(env: TeamEnv, seed: int, steps: int) -> _Play:
     obs = env.reset(seed)
     _same_globals(env, "reset", before)
     _check_observation(env, "reset", "the result", obs)
+    given = Given()
+    given.require(env, "reset", obs)
     play = _Play(_copy(obs))
     handed: list[tuple[object, object]] = [(obs, play.first)]
     for _ in range(steps):
@@ -121,11 +194,7 @@ def _play(env: TeamEnv, seed: int, steps: int) -> _Play:
         step = env.step(actions.clone())
         _same_globals(env, "step", before)
         _check_step(env, step)
-        for name in ("avail", "alive"):
-            if len({getattr(one, name) is None for one in (obs, step.after, step.current)}) > 1:
-                _fail(env, "step", f"{name} given always or never", "both")
-        if play.steps and (play.steps[-1].won is None) != (step.won is None):
-            _fail(env, "step", "won given always or never", "both")
+        given.require(env, "step", step.after, step.current, step)
         play.actions.append(actions)
         play.steps.append(_copy(step))
         handed.append((step, play.steps[-1]))
@@ -147,69 +216,33 @@ def _choose(env: TeamEnv, obs: Observation, chooser: torch.Generator) -> Tensor:
     return torch.multinomial(weight.flatten(0, 1), 1, generator=chooser).view(spec.n_agents, env.n_envs).to(env.device)
 
 
-def _check_spec(env: TeamEnv) -> list[str]:
-    """Sizes that make sense."""
-    spec = getattr(env, "spec", None)
-    if not isinstance(spec, EnvSpec):
-        _fail(env, "spec", "an EnvSpec", type(spec).__name__)
-    sizes = {name: getattr(spec, name) for name in ("n_agents", "obs_dim", "state_dim", "n_actions", "episode_limit")}
-    for name, value in {**sizes, "n_envs": getattr(env, "n_envs", None)}.items():
-        if not isinstance(value, int) or value < 1:
-            _fail(env, name, "a whole number of at least 1", repr(value))
-    types = spec.unit_types
-    if types is not None and not 0 <= types[0] < types[1] <= spec.obs_dim:
-        _fail(env, "spec", f"unit_types (start, stop) within the {spec.obs_dim} observation features", repr(types))
-    if env.sides is not None and len(env.sides) != spec.n_agents:
-        _fail(env, "sides", f"one for each of {spec.n_agents} agents", repr(env.sides))
-    if not isinstance(getattr(env, "device", None), torch.device):
-        _fail(env, "device", "a torch.device", repr(getattr(env, "device", None)))
-    return ["spec"]
-
-
 def _check_observation(env: TeamEnv, method: str, name: str, observation: Observation) -> None:
-    """Shapes, types, finite values, and something to do for everyone."""
-    spec = env.spec
-    if not isinstance(observation, Observation):
-        _fail(env, method, f"{name} to be an Observation", type(observation).__name__)
-    _check_tensor(env, method, f"{name}.obs", observation.obs, (spec.n_agents, env.n_envs, spec.obs_dim), torch.float32)
-    _check_tensor(env, method, f"{name}.state", observation.state, (env.n_envs, spec.state_dim), torch.float32)
-    if spec.continuous and observation.avail is not None:
-        _fail(env, method, f"{name}.avail to be None where actions are continuous", _kind(observation.avail))
+    """All of ``require_observation``, and what the features may say."""
+    require_observation(env, method, name, observation)
     if observation.alive is not None:
-        _check_tensor(env, method, f"{name}.alive", observation.alive, (spec.n_agents, env.n_envs), torch.bool)
         haunting = ((observation.obs != 0).any(dim=-1) & ~observation.alive).nonzero().tolist()
         if haunting:
             got = f"others for agent {haunting[0][0]} in environment {haunting[0][1]}"
             _fail(env, method, f"{name}.obs to be zeros for agents that are not alive", got)
-    if spec.unit_types is not None:
-        bits = observation.obs[..., slice(*spec.unit_types)]
+    types = env.spec.unit_types
+    if types is not None:
+        bits = observation.obs[..., slice(*types)]
         mixed = (((bits != 0) & (bits != 1)).any(dim=-1) | (bits.sum(dim=-1) > 1)).nonzero().tolist()
         if mixed:
             got = f"{bits[tuple(mixed[0])].tolist()} for agent {mixed[0][0]} in environment {mixed[0][1]}"
-            _fail(env, method, f"features {list(spec.unit_types)} of {name}.obs to be one-hot, or zeros for a dead unit", got)
-    if observation.avail is not None:
-        _check_tensor(env, method, f"{name}.avail", observation.avail, (spec.n_agents, env.n_envs, spec.n_actions), torch.bool)
-        stuck = (~observation.avail.any(dim=-1)).nonzero().tolist()
-        if stuck:
-            got = f"none for agent {stuck[0][0]} in environment {stuck[0][1]}"
-            _fail(env, method, f"{name}.avail with at least one action for each agent", got)
+            _fail(env, method, f"features {list(types)} of {name}.obs to be one-hot, or zeros for a dead unit", got)
 
 
 def _check_step(env: TeamEnv, step: Step) -> None:
-    """What shows in a single step."""
-    if not isinstance(step, Step):
-        _fail(env, "step", "a Step", type(step).__name__)
+    """All of ``require_step``, and what shows in a single step beyond it."""
+    require_step(env, step)
     _check_observation(env, "step", "after", step.after)
     _check_observation(env, "step", "current", step.current)
-    _check_tensor(env, "step", "reward", step.reward, (env.spec.n_agents, env.n_envs), torch.float32)
-    _check_tensor(env, "step", "terminated", step.terminated, (env.n_envs,), torch.bool)
-    _check_tensor(env, "step", "truncated", step.truncated, (env.n_envs,), torch.bool)
     both = (step.terminated & step.truncated).nonzero().flatten().tolist()
     if both:
         _fail(env, "step", "terminated and truncated never both", f"both in environment {both[0]}; what ended of itself was not cut")
     ended = step.terminated | step.truncated
     if step.won is not None:
-        _check_tensor(env, "step", "won", step.won, (env.n_envs,), torch.bool)
         early = (step.won & ~ended).nonzero().flatten().tolist()
         if early:
             _fail(env, "step", "won only where an episode ended", f"it in environment {early[0]}, whose episode goes on")
@@ -224,12 +257,14 @@ def _check_step(env: TeamEnv, step: Step) -> None:
                 _fail(env, "step", f"current.{name} equal to after.{name} where the episode goes on", f"another one in environment {where}")
 
 
-def _check_tensor(env: TeamEnv, method: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Shape, type, device and finite values of one tensor."""
+def _check_tensor(
+    env: TeamEnv, method: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, values: bool = False
+) -> None:
+    """Shape, type and device of one tensor, and finite values where ``values``."""
     good = isinstance(value, Tensor) and tuple(value.shape) == shape and value.dtype == dtype and value.device.type == env.device.type
     if not good:
         _fail(env, method, f"{name} to be {str(dtype)[6:]} {list(shape)} on {env.device}", _kind(value))
-    if value.is_floating_point() and not torch.isfinite(value).all():
+    if values and not torch.isfinite(value).all():
         _fail(env, method, f"{name} to be finite", f"{value[~torch.isfinite(value)][0].item()}")
 
 
@@ -238,7 +273,7 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
     limit = env.spec.episode_limit
     clock = torch.zeros(env.n_envs, dtype=torch.int64, device=env.device)
     restarted_blindly, restarts = 0, 0
-    paid_before, paid_last, n_last = True, False, 0
+    paid_before, paid_last, gained, n_last = True, False, False, 0
     for step in play.steps:
         clock += 1
         ended = step.terminated | step.truncated
@@ -246,7 +281,7 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
         if late:
             got = f"environment {late[0]} goes on after {int(clock[late[0]])}"
             _fail(env, "step", f"every episode to end within episode_limit (={limit}) steps", got)
-        early = (step.truncated & (clock < limit)).nonzero().flatten().tolist()
+        early = [] if env.may_cut else (step.truncated & (clock < limit)).nonzero().flatten().tolist()
         if early:
             got = f"in environment {early[0]} after {int(clock[early[0]])} steps of its episode; clock not reset, or did the task end?"
             _fail(env, "step", f"truncated at the episode_limit (={limit}) only", got)
@@ -256,6 +291,7 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
         paid = (step.reward != 0).any(dim=0)
         paid_before &= bool(paid[~ended].all())
         paid_last |= bool(paid[ended].any())
+        gained |= bool((step.reward[:, ~ended] > 0).any())
         n_last += int(ended.sum())
         clock[ended] = 0
     passed = ["episode_limit", "terminated or truncated"]
@@ -264,7 +300,8 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
             got = "after equal to current at each end: either the last observation is lost, or nothing was reset"
             _fail(env, "step", "after to hold the last observation of the old episode, and current the first of the new one", got)
         passed.append("auto-reset")
-    if n_last and n_last < len(play.steps) * env.n_envs and paid_before:
+    # Where every step costs something, the one that reaches the goal may well be free.
+    if n_last and n_last < len(play.steps) * env.n_envs and paid_before and (paid_last or gained):
         if not paid_last:
             _fail(env, "step", "the reward of an episode's last step", "0 at each last step, though every other step is paid")
         passed.append("last reward")
@@ -353,7 +390,8 @@ def _kind(value: object) -> str:
 
 
 def _fail(env: TeamEnv, method: str, expected: str, got: str) -> NoReturn:
-    raise RunError(f"check_env: {type(env).__name__}.{method}: expected {expected}, got {got}")
+    # A wrapper is called by what it wraps, which is what a user can change.
+    raise RunError(f"{getattr(env, 'called', type(env).__name__)}.{method}: expected {expected}, got {got}")
 
 
 def _globals(env: TeamEnv | None) -> dict[str, object]:

@@ -39,8 +39,10 @@ class Copies(TeamEnv):
     """A ``SingleEnv``, many times.
 
     Observations are padded with zeros, and those of dead agents are zeros. A state that the environment does not give is all observations
-    side by side. Episodes are cut after ``spec.episode_limit`` steps.
+    side by side. Episodes are cut after ``spec.episode_limit`` steps, or earlier by the simulator.
     """
+
+    may_cut = True
 
     def __init__(
         self,
@@ -68,7 +70,7 @@ class Copies(TeamEnv):
         """
         self.n_envs = n_envs
         self.device = torch.device(device)
-        self._task = task
+        self._task = self.called = task
         self._ready = self._closed = False
         if workers is None:
             workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -54,11 +54,15 @@ class FixedOpponents(TeamEnv):
         Raises:
             UsageError: A task of one side, an unknown side, or opponents of other sizes.
         """
+        if not isinstance(side, str) or not (isinstance(opponents, str) or hasattr(opponents, "act")):
+            given = f"side={side} opponents={opponents}"
+            raise UsageError(f"side and opponents go together: side=adversary opponents=random, or a policy file; got {given}")
         if env.sides is None:
             raise UsageError(f"side {side!r}: this task has one side only, so nobody can be an opponent: leave side and opponents out")
         if side not in env.sides:
             raise unknown_name("side", side, set(env.sides))
         self._env = env
+        self.may_cut = env.may_cut
         self.n_envs, self.device, self.restarts = env.n_envs, env.device, env.restarts
         place = torch.arange(env.spec.n_agents, device=env.device)
         mine = torch.tensor([one == side for one in env.sides], device=env.device)
@@ -67,6 +71,10 @@ class FixedOpponents(TeamEnv):
         self._policy: Opponents | None = None
         self._told = self._theirs
         if not isinstance(opponents, str):
+            if getattr(opponents.spec, "slots", None) == "given":
+                raise UsageError(
+                    "opponents: this policy must be told a slot for each agent, which nobody does here: use one that needs none"
+                )
             self._policy = opponents
             self._told = place if opponents.spec.n_agents == len(place) else self._theirs
             _check_sizes(opponents.spec, env.spec, len(self._told))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from k24.errors import UsageError, unknown_name
+from k24.errors import K24Error, UsageError, unknown_name
+
+# What simulators raise for options that they do not like.
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def require_options(task: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -34,8 +37,15 @@ def build(task: str, constructor: Callable[..., Any], given: Mapping[str, object
     """
     try:
         return constructor(**{**usual, **given})
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except K24Error:
+        raise
+    except REFUSALS as error:
         if not given:
             raise
-        options = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise UsageError(f"{task} can't be made with {options}: {error or type(error).__name__}") from error
+        raise refused(task, given, error) from error
+
+
+def refused(task: str, given: Mapping[str, object], error: Exception) -> UsageError:
+    """The error for options that a simulator does not take, on one line."""
+    options = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return UsageError(f"{task} can't be made with {options}: {' '.join(str(error).split()) or type(error).__name__}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +19,13 @@ import torch
 from torch import Tensor
 
 from k24.envs.base import Observation, SingleEnv, Step, TeamEnv
-from k24.envs.batch import describe
+from k24.envs.batch import RAISED, describe
+from k24.envs.check import Given, require_observation, require_spec, require_step
 from k24.errors import K24Error, RunError, UsageError, unknown_name
 
 TASKS: dict[str, str] = {}
+
+_log = logging.getLogger("k24")
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -34,10 +38,10 @@ def load(path: str) -> Callable[..., Any]:
     if not all(part.isidentifier() for part in module_name.split(".")) or not name.isidentifier():
         raise UsageError(f"{path!r} is no import path: expected package.module:function, for example my_package.my_env:make")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # an installed command has its own folder there, and not the user's
+        sys.path.append("")  # an installed command has its own folder first, and not the user's; last, so as to hide nothing installed
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except RAISED as error:
         # Whatever a user's module raises while it is imported.
         said = f"{type(error).__name__}: {error}" if isinstance(error, ModuleNotFoundError) else describe(error)
         raise UsageError(f"{path}: the module {module_name!r} does not import ({said})") from error
@@ -49,35 +53,86 @@ def load(path: str) -> Callable[..., Any]:
 
 
 def is_batched(function: Callable[..., Any]) -> bool:
-    """Whether a user's function makes a whole batch."""
-    return "n_envs" in inspect.signature(function).parameters
+    """Whether a user's function makes a whole batch.
+
+    Raises:
+        UsageError: It doesn't say what it takes, as some that are not written in Python.
+    """
+    return "n_envs" in _parameters(function)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"expected a function whose parameters can be looked up, got {function!r}: write one in Python") from error
+
+
+def _require_options(task: str, function: Callable[..., Any], given: Iterable[str]) -> None:
+    """Raises for an option that a user's function doesn't take."""
+    parameters = _parameters(function)
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {name for name, one in parameters.items() if one.kind in by_name} - {"n_envs", "device"}
+    for name in given:
+        if name not in known:
+            raise unknown_name(f"option of {task}", name, known)
 
 
 class OwnBatch(TeamEnv):
-    """A user's batch of environments, whose exceptions say where they come from.
+    """A user's batch of environments, whose exceptions say where they come from, and whose results are looked at as they come.
+
+    Values (finite numbers, available actions) are looked at on CPU only, for elsewhere that would wait for the device.
 
     Args:
         task: Its name.
         env: The user's.
+        n_envs: How many parallel environments were asked for.
+
+    Attributes:
+        called: The task and the user's class, for errors.
+
+    Raises:
+        RunError: It says of itself what makes no sense, or has another number of parallel environments.
     """
 
-    def __init__(self, task: str, env: TeamEnv) -> None:
+    def __init__(self, task: str, env: TeamEnv, n_envs: int) -> None:
         self._task, self._env = task, env
-        self.spec, self.n_envs, self.device, self.sides = env.spec, env.n_envs, env.device, env.sides
+        self.called = f"{task}: {type(env).__name__}"
+        with _told(task):
+            for name in ("spec", "n_envs", "device", "sides", "restarts", "may_cut"):
+                setattr(self, name, getattr(env, name, None))
+        require_spec(self)
+        if self.n_envs != n_envs:
+            raise RunError(f"{self.called}.n_envs: expected the {n_envs} that were asked for, got {self.n_envs}")
+        self._values = self.device.type == "cpu"
+        self._given = Given()
 
     def reset(self, seed: int) -> Observation:
         """See ``TeamEnv.reset``."""
         with _told(f"{self._task}: reset"):
-            return self._env.reset(seed)
+            observation = self._env.reset(seed)
+            self.restarts = self._env.restarts
+        require_observation(self, "reset", "the result", observation, self._values)
+        self._given.require(self, "reset", observation)
+        return observation
 
     def step(self, actions: Tensor) -> Step:
         """See ``TeamEnv.step``."""
         with _told(f"{self._task}: step"):
-            return self._env.step(actions)
+            step = self._env.step(actions)
+            self.restarts = self._env.restarts
+        require_step(self, step, self._values)
+        self._given.require(self, "step", step.after, step.current, step)
+        return step
 
     def close(self) -> None:
-        """See ``TeamEnv.close``."""
-        self._env.close()
+        """See ``TeamEnv.close``; a failure spoils nothing that was done."""
+        try:
+            self._env.close()
+        except RAISED as error:
+            _log.warning("%s: close: %s", self._task, describe(error))
 
     def render(self) -> Tensor | None:
         """See ``TeamEnv.render``."""
@@ -92,7 +147,7 @@ def _told(what: str) -> Iterator[None]:
         yield
     except K24Error:
         raise
-    except Exception as error:
+    except RAISED as error:
         raise RunError(f"{what} raised {describe(error)}") from error
 
 
@@ -100,29 +155,36 @@ def make(task: str, n_envs: int, device: torch.device, **kwargs: object) -> Team
     """Makes a batch by a function that takes ``n_envs``.
 
     Raises:
-        UsageError: It returned something else.
-        RunError: It raised an exception.
+        UsageError: It returned something else, or has no such option.
+        RunError: It raised an exception, or what it made breaks the contract.
     """
+    function = load(task)
+    _require_options(task, function, kwargs)
     with _told(task):
-        env = load(task)(n_envs=n_envs, device=device, **kwargs)
+        env = function(n_envs=n_envs, device=device, **kwargs)
     if not isinstance(env, TeamEnv):
         raise UsageError(f"{task} takes n_envs, so it must return a k24.envs.TeamEnv, got {type(env).__name__}")
-    return OwnBatch(task, env)
+    return OwnBatch(task, env, n_envs)
 
 
 def make_one(task: str, **kwargs: object) -> SingleEnv:
     """Makes one environment by a function that doesn't take ``n_envs``.
 
     Raises:
-        UsageError: It returned something else.
+        UsageError: It returned something else, has no such option, or lacks what it imports.
     """
-    env = load(task)(**kwargs)
-    if isinstance(env, SingleEnv):
-        return env
-    if hasattr(env, "possible_agents") and hasattr(env, "observation_space"):
-        from k24.envs.pettingzoo import ParallelTeam
+    function = load(task)
+    _require_options(task, function, kwargs)
+    try:
+        env = function(**kwargs)
+        if isinstance(env, SingleEnv):
+            return env
+        if hasattr(env, "possible_agents") and hasattr(env, "observation_space"):
+            from k24.envs.pettingzoo import ParallelTeam
 
-        return ParallelTeam(env)
+            return ParallelTeam(env)
+    except ImportError as error:
+        raise UsageError(f"{task} can't be made: {describe(error)}") from error
     raise UsageError(
         f"{task} must return a k24.envs.SingleEnv or a PettingZoo parallel environment, got {type(env).__name__}; a function that makes a "
         f"whole batch (k24.envs.TeamEnv) takes n_envs"

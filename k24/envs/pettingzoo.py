@@ -28,8 +28,11 @@ from typing import Any
 import numpy as np
 
 from k24.envs.base import EnvSpec, Outcome, SingleEnv, View
+from k24.envs.batch import RAISED
 from k24.envs.options import build, require_options
 from k24.errors import RunError, UsageError
+
+IMPORTS = True  # ``accepts`` takes any import path, so a task may run code that k24 doesn't know
 
 _LIMIT = 500
 _PATH = re.compile(r"pettingzoo/(?P<module>\w+(?:\.\w+)*)(?::(?P<name>\w+))?")
@@ -285,13 +288,13 @@ def load(path: str, task: str) -> ModuleType:
     # pygame greets on stdout, which belongs to the command line's own output.
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # an installed command has its own folder there, and not the user's
+        sys.path.append("")  # an installed command has its own folder first, and not the user's; last, so as to hide nothing installed
     try:
         with warnings.catch_warnings():
             # PettingZoo 1.27 advises against importing its modules by path, the only way that older versions and other packages know.
             warnings.filterwarnings("ignore", "The old environment creation API", DeprecationWarning)
             return importlib.import_module(path)
-    except Exception as error:
+    except RAISED as error:
         # Whatever a user's module raises while it is imported.
         hint = ""
         if isinstance(error, ModuleNotFoundError) and error.name:

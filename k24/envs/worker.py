@@ -27,7 +27,7 @@ import time
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from k24.envs.batch import Arrays, Batch, describe
+from k24.envs.batch import RAISED, Arrays, Batch, describe
 from k24.errors import RunError, UsageError
 
 PATIENCE = 300.0  # seconds without a sign of life after which a worker is taken for dead
@@ -181,7 +181,7 @@ class _Server:
                     break
                 try:
                     result = self._do(method, arguments)
-                except Exception as error:
+                except RAISED as error:
                     result = _portable(error)
                 self._pipe.send((self._number, "done", result))
         if self._batch is not None:
@@ -236,7 +236,7 @@ def _outlive(parent: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> Exception:
     """An exception that can be sent: of a kind that callers tell apart, else a ``RunError``."""
     for kind in (UsageError, RunError, ImportError):
         if isinstance(error, kind):
