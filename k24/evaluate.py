@@ -70,7 +70,7 @@ def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
     function = load(config.slots)
     try:
         rule = function(spec)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         said = " ".join(str(error).split())
         raise UsageError(
             f"slots {config.slots}: the function takes the task's EnvSpec, and fails with {type(error).__name__}: {said}"

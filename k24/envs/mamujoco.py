@@ -16,6 +16,7 @@ Returns and observations
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import io
 import os
@@ -75,6 +76,9 @@ class Body(SingleEnv):
 
     def render(self) -> np.ndarray | None:
         """MuJoCo's picture, uint8 ``[480, 480, 3]``; None on machines where it finds no OpenGL to draw with."""
+        with contextlib.suppress(ImportError):
+            # Triton's LLVM crashes the process if it is loaded after that of Mesa, which draws where there is no GPU.
+            importlib.import_module("triton")
         # Unless told which, gymnasium tries GLFW first, and without a display that leaves a complaint behind.
         guess = sys.platform == "linux" and not {"MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
         if guess:

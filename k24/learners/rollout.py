@@ -95,7 +95,7 @@ def slots_of(rule: SlotRule | None, obs: Tensor, alive: Tensor | None) -> tuple[
         return None, alive
     try:
         slots = rule.of(obs)
-    except Exception as error:  # whatever a user's function raises
+    except (Exception, SystemExit) as error:  # whatever a user's function raises
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(str(error).split())
         raise RunError(f"the slot rule raised {type(error).__name__}: {said} ({place.filename}:{place.lineno})") from error
