@@ -159,11 +159,11 @@ def load_run(folder: Path, device: torch.device | str = "cpu", act: bool = False
         raise UsageError(f"{folder} has no checkpoint yet: train longer, or resume it with --resume")
     steps, state = found
     try:
-        spec, rule = EnvSpec(**state["spec"]), SlotRule(state["n_slots"], unit_types=state["unit_types"])
+        task, spec, rule = state["task"], EnvSpec(**state["spec"]), SlotRule(state["n_slots"], unit_types=state["unit_types"])
     except (KeyError, TypeError, UsageError) as error:
-        raise CheckpointError(
-            f"the checkpoint in {folder} does not say what it was trained on ({error}): it is of another version of k24"
-        ) from error
+        raise _misfit(folder, f"{type(error).__name__}: {error}") from error
+    if task != config.task:
+        raise _misfit(folder, f"trained on {task}, not {config.task}")
     if act:
         rule = build_rule(config, spec)
     learner = build_learner(config, spec, device, rule)
@@ -176,11 +176,12 @@ def restore(load, state: dict, folder: Path) -> None:
     try:
         load(state["learner"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(
-            f"the checkpoint in {folder} does not fit its config.yaml ({type(error).__name__}: {reason}): restore the "
-            f"config it was made with"
-        ) from error
+        raise _misfit(folder, f"{type(error).__name__}: {error}") from error
+
+
+def _misfit(folder: Path, reason: str) -> CheckpointError:
+    said = " ".join(reason.split())[:160]
+    return CheckpointError(f"the checkpoint in {folder} does not fit its config.yaml ({said}): restore the config it was made with")
 
 
 class Actor(Protocol):
@@ -248,7 +249,14 @@ def open_run(folder: Path, device: torch.device | str = "cpu", phase: Phase = "d
     run = load_run(folder, device, act=True)
     actor = run.learner.random_actor() if random else run.learner.actor(phase)
     name = "random" if random else f"{run.config.algo}-{run.config.sharing}"
-    return Player(actor, lambda n_envs: build_env(run.config, n_envs, device), run.config.task, name, run.steps)
+
+    def make(n_envs: int) -> TeamEnv:
+        env = build_env(run.config, n_envs, device)
+        if env.spec != run.learner.spec:
+            raise _misfit(folder, f"trained on {run.learner.spec}, not {env.spec}")
+        return env
+
+    return Player(actor, make, run.config.task, name, run.steps)
 
 
 def open_policy(

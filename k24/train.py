@@ -183,6 +183,7 @@ def train(
             steps,
             {
                 "learner": learner.state_dict(),
+                "task": config.task,
                 "spec": asdict(env.spec),
                 "n_slots": learner.rule.n_slots,
                 "unit_types": learner.rule.unit_types,
@@ -199,8 +200,6 @@ def train(
 
     try:
         while steps < config.steps:
-            if steps == first and should_stop is not None and should_stop():
-                return Result(folder, steps, False, {}, 0.0)  # asked while environments were built: there is nothing to save yet
             episodes = learner.gather(env, steps, seed=round_seed(config.seed, rounds))
             steps, rounds = steps + episodes.steps, rounds + 1
             learner.learn(min(steps / config.steps, 1.0), steps)

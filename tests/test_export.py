@@ -454,8 +454,8 @@ def test_looking_at_a_run_and_exporting_it_run_no_code_that_it_names(finished, t
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.py").write_text("open('pwned', 'w').close()\n")
     shutil.copytree(finished, "run")
-    config = Path("run/config.yaml").read_text().replace("task: toy/memory", "task: evil:make").replace("slots: agent", "slots: evil:rule")
-    assert "evil:make" in config and "evil:rule" in config
+    config = Path("run/config.yaml").read_text().replace("slots: agent", "slots: evil:rule")
+    assert "evil:rule" in config
     Path("run/config.yaml").write_text(config)
     assert main(["inspect", "run"]) == 0 and main(["export", "run", "--out", "p.safetensors"]) == 0
     assert not (tmp_path / "pwned").exists()

@@ -24,6 +24,7 @@ LEARNERS: dict[str, type[ValueLearner]] = {"iql": ValueLearner, "vdn": ValueLear
 class Learner(Protocol):
     """What the training loop asks of a learner."""
 
+    spec: EnvSpec
     net: AgentNet
     sharing: Sharing
     rule: SlotRule
