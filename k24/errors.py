@@ -8,6 +8,7 @@ running (exit status 1) and that what was saved before is still good.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 # Said with every failure while running: true also before the first checkpoint was written.
@@ -50,3 +51,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}" if known else "there are none"
     return UsageError(f"unknown {kind} {name!r}: {hint}")
+
+
+# What simulators raise. A sys.exit() in their code is no wish to end this program.
+RAISED = (Exception, SystemExit)
+
+
+def describe(error: BaseException) -> str:
+    """Type, message and place of an exception, on one line."""
+    said = " ".join([type(error).__name__ + ":" * bool(str(error)), *str(error).split()])
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{said} ({frames[-1].filename}:{frames[-1].lineno})" if frames else said

@@ -15,7 +15,7 @@ from k24.config import TrainConfig, load_config
 from k24.envs import EnvSpec, Observation, TeamEnv, check_options, is_listed, make_env
 from k24.envs.opponents import FixedOpponents
 from k24.envs.own import load
-from k24.errors import CheckpointError, PolicyFileError, RunError, UsageError
+from k24.errors import RAISED, CheckpointError, PolicyFileError, RunError, UsageError, describe
 from k24.learners import Learner, RandomActor, collect_episodes, make_learner
 from k24.learners.rollout import slots_of
 from k24.policy import Policy, load_policy
@@ -70,11 +70,8 @@ def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
     function = load(config.slots)
     try:
         rule = function(spec)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        said = " ".join(str(error).split())
-        raise UsageError(
-            f"slots {config.slots}: the function takes the task's EnvSpec, and fails with {type(error).__name__}: {said}"
-        ) from error
+    except RAISED as error:
+        raise UsageError(f"slots {config.slots}: the function takes the task's EnvSpec, and fails with {describe(error)}") from error
     whole = isinstance(rule, SlotRule) and type(rule.n_slots) is int and rule.n_slots >= 1
     if not whole or not callable(rule.of):
         raise UsageError(f"slots {config.slots}: the function must return a k24.SlotRule of a whole number and a function, got {rule!r}")

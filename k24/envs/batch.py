@@ -12,17 +12,13 @@ from __future__ import annotations
 import importlib
 import itertools
 import logging
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from k24.envs.base import EnvSpec, Outcome, SingleEnv, View
-from k24.errors import K24Error, RunError
-
-# What simulators raise. A sys.exit() in their code is no wish to end this program.
-RAISED = (Exception, SystemExit)
+from k24.errors import RAISED, K24Error, RunError, describe
 
 _log = logging.getLogger("k24")
 
@@ -414,13 +410,6 @@ class Batch:
 def episode_seed(seed: int, copy: int, episode: int) -> int:
     """The seed of one episode of one copy, below 2**32. Runs with neighbouring seeds share none, as they would with ``seed + copy``."""
     return int(np.random.SeedSequence(seed, spawn_key=(copy, episode)).generate_state(1)[0])
-
-
-def describe(error: BaseException) -> str:
-    """Type, message and place of an exception, on one line."""
-    said = " ".join([type(error).__name__ + ":" * bool(str(error)), *str(error).split()])
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{said} ({frames[-1].filename}:{frames[-1].lineno})" if frames else said
 
 
 def _kind(value: Any) -> str:

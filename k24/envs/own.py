@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from k24.envs.base import Observation, SingleEnv, Step, TeamEnv
-from k24.envs.batch import RAISED, describe
 from k24.envs.check import Given, require_observation, require_spec, require_step
-from k24.errors import K24Error, RunError, UsageError, unknown_name
+from k24.errors import RAISED, K24Error, RunError, UsageError, describe, unknown_name
 
 TASKS: dict[str, str] = {}
 

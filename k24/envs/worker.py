@@ -27,8 +27,8 @@ import time
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from k24.envs.batch import RAISED, Arrays, Batch, describe
-from k24.errors import RunError, UsageError
+from k24.envs.batch import Arrays, Batch
+from k24.errors import RAISED, RunError, UsageError, describe
 
 PATIENCE = 300.0  # seconds without a sign of life after which a worker is taken for dead
 GRACE = 10.0  # seconds that a worker has for closing its copies

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from k24.envs.base import Observation, Step, TeamEnv
-from k24.errors import LAST_GOOD, RunError
+from k24.errors import LAST_GOOD, RAISED, RunError, describe
 from k24.learners.replay import Episodes
 from k24.nets import AgentNet
 from k24.sparse.slots import SlotRule, SlotWeights
@@ -95,10 +94,8 @@ def slots_of(rule: SlotRule | None, obs: Tensor, alive: Tensor | None) -> tuple[
         return None, alive
     try:
         slots = rule.of(obs)
-    except (Exception, SystemExit) as error:  # whatever a user's function raises
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        said = " ".join(str(error).split())
-        raise RunError(f"the slot rule raised {type(error).__name__}: {said} ({place.filename}:{place.lineno})") from error
+    except RAISED as error:
+        raise RunError(f"the slot rule raised {describe(error)}") from error
     if not isinstance(slots, Tensor) or slots.shape != obs.shape[:-1] or slots.dtype != torch.int64:
         got = f"{slots.dtype} {list(slots.shape)}" if isinstance(slots, Tensor) else type(slots).__name__
         raise RunError(f"the slot rule must return int64 {list(obs.shape[:-1])} for observations {list(obs.shape)}, got {got}")
