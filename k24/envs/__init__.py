@@ -21,6 +21,7 @@ import torch
 
 from k24.envs.base import EnvSpec, Observation, Outcome, SingleEnv, Step, TeamEnv, View
 from k24.envs.check import check_env
+from k24.envs.copies import Copies
 from k24.envs.options import REFUSALS, refused
 from k24.errors import K24Error, UsageError, unknown_name
 
@@ -123,8 +124,6 @@ def make_env(task: str, /, n_envs: int, device: str | torch.device = "cpu", work
         if suite is _OWN and module.is_batched(module.load(task)):
             return module.make(task, n_envs, where, **kwargs)
         if hasattr(module, "make_one"):
-            from k24.envs.copies import Copies
-
             return Copies(suite.module, task, kwargs, n_envs, where, workers)
         return module.make(task, n_envs, where, **kwargs)
     except ImportError as error:
