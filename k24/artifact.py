@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from k24 import strict
+from k24.actions import KINDS
 from k24.errors import PolicyFileError, UsageError
 from k24.files import write_atomically
 from k24.kernels import GRU, Linear, Net
@@ -63,9 +64,9 @@ class PolicySpec:
         steps: Environment steps of training.
         n_agents: Agents.
         obs_dim: Observation features of one agent.
-        n_actions: Actions of one agent.
+        n_actions: Discrete actions of one agent, or the numbers that make up a continuous one.
         agent_id: Whether acting appends the agent's one-hot index to its observation.
-        action: Kind of action; ``discrete``, chosen by the largest output.
+        action: What the net's outputs mean, a key of :data:`k24.actions.KINDS`.
         env_args: Arguments of its task, each as ``name=value``.
         slots: What says which slot a row uses: ``agent``, its agent's index; ``(start, stop)``, those features of the observation, one-hot;
             ``given``, whoever acts.
@@ -92,7 +93,7 @@ class PolicySpec:
         strict.whole(self.obs_dim, "obs_dim", 1)
         strict.whole(self.n_actions, "n_actions", 1)
         strict.flag(self.agent_id, "agent_id")
-        strict.one_of(self.action, "action", ["discrete"])
+        strict.one_of(self.action, "action", KINDS)
         given = list(self.env_args) if isinstance(self.env_args, tuple) else self.env_args  # JSON has lists
         if isinstance(self.slots, str):
             strict.one_of(self.slots, "slots", ["agent", "given"])
@@ -102,6 +103,11 @@ class PolicySpec:
             strict.whole(stop, "the stop of slots", start + 1, self.obs_dim)
             object.__setattr__(self, "slots", (start, stop))
         object.__setattr__(self, "env_args", tuple(strict.text(item, "env_args") for item in strict.items(given, "env_args")))
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs of the net for one agent."""
+        return KINDS[self.action].n_outputs(self.n_actions)
 
 
 def layer_names(net: Net) -> list[str]:
@@ -203,10 +209,11 @@ def check_shapes(net: Net, spec: PolicySpec) -> None:
     if spec.agent_id and spec.slots == "agent" and spec.n_agents != net.n_slots:
         raise UsageError(f"agent_id needs a slot per agent: got {spec.n_agents} agents and {net.n_slots} slots")
     inputs = spec.obs_dim + (spec.n_agents if spec.agent_id else 0)
-    if (inputs, spec.n_actions) != (net.in_features, net.out_features):
+    if (inputs, spec.n_outputs) != (net.in_features, net.out_features):
+        outputs = "" if spec.n_outputs == spec.n_actions else f", which take {spec.n_outputs} outputs where action is {spec.action}"
         raise UsageError(
             f"the net takes {net.in_features} inputs and gives {net.out_features} outputs, where the policy's spec has {inputs} "
-            f"(obs_dim {spec.obs_dim}{f' and {spec.n_agents} agents' if spec.agent_id else ''}) and {spec.n_actions} actions"
+            f"(obs_dim {spec.obs_dim}{f' and {spec.n_agents} agents' if spec.agent_id else ''}) and {spec.n_actions} actions{outputs}"
         )
 
 

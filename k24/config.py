@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -14,7 +15,7 @@ import tyro
 import yaml
 
 from k24.errors import UsageError, unknown_name
-from k24.learners import LEARNERS, ValueConfig
+from k24.learners import LEARNERS, LearnerConfig
 from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig, SharingConfig
 from k24.sparse.patterns import PatternSet
 
@@ -28,7 +29,7 @@ class TrainConfig:
     task: str = ""
     """What to learn, as suite/name; 'k24 tasks' lists what there is."""
     algo: str = "qmix"
-    """Learner: iql, vdn or qmix."""
+    """Learner: iql, vdn, qmix, ippo, mappo or matd3."""
     sharing: str = "k24"
     """How agents share parameters: k24, k24_random, k24_shared, kaleidoscope, fups, fups_id or nops."""
     steps: int = 1_000_000
@@ -59,8 +60,10 @@ class TrainConfig:
     """Episodes of one evaluation."""
     checkpoint_every: int = 50_000
     """Environment steps between checkpoints."""
-    learner: Annotated[ValueConfig, tyro.conf.arg(name="")] = field(default_factory=ValueConfig)
-    """Settings of the learner."""
+    # Given or not, it is settings of algo's kind once built: None stands for their defaults. Of the union, the command line offers the part
+    # that its default is of.
+    learner: Annotated[LearnerConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")] = None  # type: ignore[assignment]
+    """Settings of the learner; which there are depends on algo."""
     masks: Annotated[K24Config, tyro.conf.arg(name="")] = field(default_factory=K24Config)
     """Settings of k24 and its controls."""
     kaleidoscope: KaleidoscopeConfig = field(default_factory=KaleidoscopeConfig)
@@ -70,8 +73,17 @@ class TrainConfig:
         """Checks each value, then those that depend on each other; no environment is built."""
         if self.algo not in LEARNERS:
             raise unknown_name("algorithm", self.algo, LEARNERS)
+        settings = LEARNERS[self.algo].settings
+        if self.learner is None:
+            object.__setattr__(self, "learner", settings())
+        if type(self.learner) is not settings:
+            raise UsageError(
+                f"algo {self.algo} has its learner's settings in a {settings.__name__}, got a {type(self.learner).__name__}: change both"
+            )
         if self.sharing not in SCHEMES:
             raise unknown_name("sharing scheme", self.sharing, SCHEMES)
+        if self.critic_sharing != "auto" and self.critic_sharing not in SCHEMES:
+            raise unknown_name("sharing scheme of a critic", self.critic_sharing, ["auto", *SCHEMES])
         for name in ("steps", "envs", "hidden", "threads", "log_every", "eval_every", "eval_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
@@ -87,22 +99,22 @@ class TrainConfig:
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is not known: use auto, cpu or cuda")
         kept = PatternSet.parse(self.masks.pattern).n
-        if self.sharing.startswith("k24") and self.hidden < kept:
+        if (self.sharing.startswith("k24") or self.critic_sharing.startswith("k24")) and self.hidden < kept:
             raise UsageError(
                 f"hidden (={self.hidden}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
             )
-        if self.envs > self.learner.buffer_size:
-            raise UsageError(
-                f"envs (={self.envs}) must not exceed buffer_size (={self.learner.buffer_size}): a round adds that many episodes"
-            )
-        if self.learner.individual_rewards and self.algo != "iql":
-            raise UsageError(f"individual_rewards needs algo iql, got algo {self.algo}: a mixer has one value for the team")
+        self.learner.check(self.algo, self.envs)
         _ = self.env_kwargs
 
     @property
     def sharing_config(self) -> SharingConfig:
         """Settings of all schemes."""
         return SharingConfig(self.masks, self.kaleidoscope)
+
+    @property
+    def critic_sharing(self) -> str:
+        """The scheme asked for of critics; ``auto`` for learners that have none."""
+        return getattr(self.learner, "critic_sharing", "auto")
 
     @property
     def append_id(self) -> bool | None:
@@ -136,7 +148,27 @@ def _require_finite(config: Any) -> None:
             raise UsageError(f"{f.name} (={value}) must be a finite number")
 
 
-# Published settings, as changes to the defaults. See docs/algorithm.md for what they leave open.
+# What MATD3 in multi-agent MuJoCo has in common (Kaleidoscope, arXiv 2410.08540, appendix). One update per round of 20 environments.
+_MATD3_MAMUJOCO: dict[str, Any] = {
+    "algo": "matd3",
+    "steps": 10_000_000,
+    "hidden": 256,
+    "envs": 20,
+    "learner": {
+        "n_step": 10,
+        "batch_size": 1000,
+        "buffer_size": 1_000_000,
+        "env_steps_per_update": 20,
+        "policy_delay": 2,
+        "target_tau": 0.005,
+        "exploration_noise": 0.1,
+        "target_noise": 0.2,
+        "target_noise_clip": 0.5,
+    },
+}
+
+# Published settings, as changes to the defaults: of a learner, and where a preset is named after a baseline, of its sharing scheme too.
+# See docs/algorithm.md for what they leave open.
 PRESETS: dict[str, dict[str, Any]] = {
     "epymarl": {
         "hidden": 128,
@@ -192,6 +224,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "kaleidoscope": {"div_coef": 5.0, "reset_interval": 1_000_000, "reset_ratio": 0.2},
     },
+    # Yu et al. 2022 (arXiv 2103.01955), appendix.
+    "mappo_mpe": {
+        "algo": "mappo",
+        "steps": 20_000_000,
+        "hidden": 64,
+        "envs": 128,
+        "learner": {"lr": 7e-4, "critic_lr": 7e-4, "lr_decay_start": 1.0, "gamma": 0.99, "epochs": 10, "minibatches": 1},
+    },
+    "mappo_smac": {
+        "algo": "mappo",
+        "steps": 10_000_000,
+        "hidden": 64,
+        "envs": 8,
+        "slots": "unit_type",
+        "learner": {"lr": 5e-4, "critic_lr": 5e-4, "lr_decay_start": 1.0, "gamma": 0.99, "epochs": 5, "minibatches": 1, "clip": 0.2},
+    },
+    "matd3_mamujoco": _MATD3_MAMUJOCO,
+    "kaleidoscope_mamujoco": {
+        **_MATD3_MAMUJOCO,
+        "sharing": "kaleidoscope",
+        "learner": {**_MATD3_MAMUJOCO["learner"], "critics": 5, "critic_reset_interval": 800_000},
+        "kaleidoscope": {"div_coef": 0.1, "reset_interval": 1_000_000, "reset_ratio": 0.5},
+    },
 }
 
 
@@ -204,6 +259,23 @@ def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
     return from_dict(TrainConfig, PRESETS[name], name)
+
+
+def for_algo(config: TrainConfig, algo: str) -> TrainConfig:
+    """The same run by another algorithm; learner settings of another kind than it takes give way to its defaults, all of them.
+
+    Not checked: its values need to fit together only once those of the command line are in.
+
+    Raises:
+        UsageError: There is no such algorithm.
+    """
+    if algo not in LEARNERS:
+        raise unknown_name("algorithm", algo, LEARNERS)
+    changed, settings = copy.copy(config), LEARNERS[algo].settings
+    object.__setattr__(changed, "algo", algo)
+    if type(config.learner) is not settings:
+        object.__setattr__(changed, "learner", settings())
+    return changed
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -229,6 +301,11 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UsageError(f"{where} must hold 'name: value' lines, got {type(values).__name__}")
     hints = get_type_hints(cls)
+    if cls is TrainConfig:
+        algo = _read(values.get("algo", TrainConfig.algo), str, f"{where}: algo")
+        if algo not in LEARNERS:
+            raise unknown_name("algorithm", algo, LEARNERS)
+        hints["learner"] = LEARNERS[algo].settings
     taken = {}
     for name, value in values.items():
         if name not in hints:
@@ -290,10 +367,11 @@ def first_difference(a: Any, b: Any, ignore: tuple[str, ...] = ()) -> tuple[str,
         x, y = getattr(a, f.name), getattr(b, f.name)
         if f.name in ignore or x == y:
             continue
-        if dataclasses.is_dataclass(x):
-            inner = first_difference(x, y)
-            if inner is not None:
-                return f"{f.name}.{inner[0]}", inner[1], inner[2]
-        else:
+        if not dataclasses.is_dataclass(x):
             return f.name, x, y
+        if type(x) is not type(y):
+            return f.name, type(x).__name__, type(y).__name__
+        inner = first_difference(x, y)
+        if inner is not None:
+            return f"{f.name}.{inner[0]}", inner[1], inner[2]
     return None

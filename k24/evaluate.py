@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from k24.actions import KINDS
 from k24.checkpoint import load_checkpoint
 from k24.config import TrainConfig, load_config
 from k24.envs import EnvSpec, Observation, TeamEnv, check_options, is_listed, make_env
@@ -19,7 +20,7 @@ from k24.errors import RAISED, CheckpointError, PolicyFileError, RunError, Usage
 from k24.learners import Learner, RandomActor, collect_episodes, make_learner
 from k24.learners.rollout import slots_of
 from k24.policy import Policy, load_policy
-from k24.sharing import make_sharing
+from k24.sharing import Sharing, make_critic_sharing, make_sharing
 from k24.sparse.slots import Phase, SlotRule, by_unit_type
 
 # Evaluation episodes start from other seeds than training ones.
@@ -52,7 +53,13 @@ def build_learner(config: TrainConfig, spec: EnvSpec, device: torch.device | str
     """
     rule = rule or build_rule(config, spec)
     sharing = make_sharing(config.sharing, rule.n_slots, config.sharing_config)
-    return make_learner(config.algo, spec, sharing, config.learner, config.hidden, config.append_id, config.seed, device, rule)
+
+    def critic_sharing(n_slots: int | None, ensemble: bool) -> Sharing:
+        return make_critic_sharing(config.sharing, config.critic_sharing, n_slots, ensemble, config.sharing_config)
+
+    return make_learner(
+        config.algo, spec, sharing, config.learner, config.hidden, config.append_id, config.seed, device, rule, critic_sharing
+    )
 
 
 def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:
@@ -188,7 +195,7 @@ class Actor(Protocol):
         """Forgets: a new episode begins in every row."""
 
     def __call__(self, observation: Observation) -> Tensor:
-        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
+        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``, or float32 ``[A, E, U]``."""
         ...
 
 
@@ -196,11 +203,13 @@ class PolicyActor:
     """A policy file as an actor.
 
     Args:
-        policy: Who decides, greedily.
+        policy: Who decides.
+        sample: Draw actions from its distribution instead of taking the best or likeliest.
+        generator: Source of the draws; torch's own when None.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy, sample: bool = False, generator: torch.Generator | None = None) -> None:
+        self._policy, self._sample, self._generator = policy, sample, generator
         self._state: Tensor | None = None
 
     def reset(self, rows: int) -> None:
@@ -208,8 +217,10 @@ class PolicyActor:
         self._state = None
 
     def __call__(self, observation: Observation) -> Tensor:
-        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
-        actions, self._state = self._policy.act(observation.obs, self._state, avail=observation.avail)
+        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``, or float32 ``[A, E, U]``."""
+        actions, self._state = self._policy.act(
+            observation.obs, self._state, avail=observation.avail, sample=self._sample, generator=self._generator
+        )
         return actions
 
 
@@ -234,7 +245,9 @@ class Player:
     policy: Policy | None = None
 
 
-def open_run(folder: Path, device: torch.device | str = "cpu", phase: Phase = "deploy", random: bool = False) -> Player:
+def open_run(
+    folder: Path, device: torch.device | str = "cpu", phase: Phase = "deploy", random: bool = False, sample: bool = False
+) -> Player:
     """A run's newest policy; see :func:`load_run`.
 
     Args:
@@ -242,9 +255,13 @@ def open_run(folder: Path, device: torch.device | str = "cpu", phase: Phase = "d
         device: Where to play.
         phase: Which masks act.
         random: Play at random instead.
+        sample: Draw actions from the policy's distribution.
+
+    Raises:
+        UsageError: Actions are to be drawn, and the policy is no distribution.
     """
     run = load_run(folder, device, act=True)
-    actor = run.learner.random_actor() if random else run.learner.actor(phase)
+    actor = run.learner.random_actor() if random else run.learner.actor(phase, sample)
     name = "random" if random else f"{run.config.algo}-{run.config.sharing}"
 
     def make(n_envs: int) -> TeamEnv:
@@ -263,6 +280,7 @@ def open_policy(
     env_args: tuple[str, ...] = (),
     random: bool = False,
     task: str | None = None,
+    sample: bool = False,
 ) -> Player:
     """A policy file.
 
@@ -273,9 +291,10 @@ def open_policy(
         env_args: Arguments of its task, each as name=value; those it was trained with when empty.
         random: Play at random instead.
         task: What to play; the task it was trained on when None. A file can name a task, but not make us import code of its choice.
+        sample: Draw actions from the policy's distribution, by torch's own random numbers.
 
     Raises:
-        UsageError: The file is no policy, cannot run here, or its task is not known or has other sizes.
+        UsageError: The file is no policy, cannot run here, has no distribution to draw from, or its task is not known or has other sizes.
     """
     policy = load_policy(path, device, backend)
     spec = policy.spec
@@ -286,6 +305,9 @@ def open_policy(
     if spec.slots == "given":
         raise UsageError(f"{path} is told its slots by a function of its trainer's, which no file holds: play the run folder instead")
     config = TrainConfig(task=task or spec.task, env_args=env_args or spec.env_args)
+    continuous = KINDS[spec.action].continuous
+    if sample and not KINDS[spec.action].stochastic:
+        raise UsageError(f"{path} is a {spec.action} policy, which has no distribution to draw from: leave sample out")
 
     def make(n_envs: int) -> TeamEnv:
         env = build_env(config, n_envs, device)
@@ -295,6 +317,12 @@ def open_policy(
                 f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, which has {found} here: give the arguments "
                 f"it was trained with, as in --env-args n_agents={spec.n_agents}"
             )
+        if continuous != env.spec.continuous:
+            ours, theirs = ("continuous" if each else "discrete" for each in (continuous, env.spec.continuous))
+            raise UsageError(
+                f"{path} gives {ours} actions (a {spec.action} policy), and {config.task} takes {theirs} ones here: give the arguments it "
+                f"was trained with"
+            )
         if isinstance(spec.slots, tuple) and spec.slots != env.spec.unit_types:
             raise UsageError(
                 f"{path} reads unit types from features {list(spec.slots)}, and {config.task} has them in {env.spec.unit_types}"
@@ -302,8 +330,9 @@ def open_policy(
         return env
 
     if random:
-        return Player(RandomActor(spec.n_actions, torch.Generator(device).manual_seed(0)), make, config.task, "random", spec.steps)
-    return Player(PolicyActor(policy), make, config.task, f"{spec.algo}-{spec.sharing}", spec.steps, policy)
+        generator = torch.Generator(device).manual_seed(0)
+        return Player(RandomActor(spec.n_actions, generator, continuous), make, config.task, "random", spec.steps)
+    return Player(PolicyActor(policy, sample), make, config.task, f"{spec.algo}-{spec.sharing}", spec.steps, policy)
 
 
 class Played(NamedTuple):

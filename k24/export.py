@@ -54,7 +54,7 @@ def net_of(agent_net: AgentNet) -> Net:
     """The net that is deployed: every mask at its most likely pattern.
 
     Args:
-        agent_net: A net of any sharing scheme, frozen or not.
+        agent_net: A net of any sharing scheme, frozen or not, recurrent or not.
 
     Returns:
         Its layers as kernels take them, sharing no memory with it.
@@ -68,8 +68,10 @@ def net_of(agent_net: AgentNet) -> Net:
         made: SlotWeights = layer.materialise("deploy")  # type: ignore[operator]
         return Linear(made.weight.clone(), made.bias.clone(), relu=relu)
 
-    gru = GRU(linear("gru_input"), linear("gru_recurrent"))
-    return Net((linear("fc1", relu=True), gru, linear("fc2", relu=True), linear("fc3", relu=True), linear("fc4")), agent_net.n_slots)
+    assert not agent_net.layer_norm, "a Net has no layer norm; critics have, and are not exported"
+    names = [name for name in agent_net.layers if name != "gru_recurrent"]
+    blocks = [GRU(linear(name), linear("gru_recurrent")) if name == "gru_input" else linear(name, relu=name != names[-1]) for name in names]
+    return Net(tuple(blocks), agent_net.n_slots)
 
 
 def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None = None) -> Exported:
@@ -106,8 +108,9 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
         steps=run.steps,
         n_agents=agent_net.n_agents,
         obs_dim=agent_net.obs_dim,
-        n_actions=agent_net.n_outputs,
+        n_actions=run.learner.spec.n_actions,
         agent_id=agent_net.agent_id,
+        action=run.learner.kind,
         env_args=run.config.env_args,
         slots="agent" if run.config.slots == "agent" else rule.unit_types or "given",
     )
@@ -115,8 +118,8 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
     with contextlib.ExitStack() as files:
         save_policy(files.enter_context(_whole(out)), typed, spec)
         if onnx is not None:
-            about = {"task": spec.task, "algo": spec.algo, "sharing": spec.sharing, "steps": str(spec.steps)}
-            graph = onnx_model(net, spec.agent_id, about).SerializeToString()
+            about = {"task": spec.task, "algo": spec.algo, "sharing": spec.sharing, "steps": str(spec.steps), "action": spec.action}
+            graph = onnx_model(net, spec.agent_id, about, spec.action).SerializeToString()
             write_atomically(files.enter_context(_whole(onnx)), graph)
     dense = sum(layer.weight[0].numel() * layer.weight.element_size() + 4 * layer.out_features for layer in typed.linears)
     return Exported(out, out.stat().st_size, dense, spec.n_agents, dtype, onnx)

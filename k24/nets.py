@@ -31,7 +31,7 @@ def detach_weights(weights: Sequence[SlotWeights]) -> Weights:
 
 
 class AgentNet(nn.Module):
-    """``fc1 → GRU → fc2 → fc3 → fc4`` with ReLU after each fully connected layer but the last.
+    """``fc1 → GRU → fc2 → fc3 → fc4``, or without recurrence ``fc1 → fc2 → fc3``; ReLU after each fully connected layer but the last.
 
     Parameters live in the layers; what runs are *effective weights*, one list per use::
 
@@ -45,30 +45,42 @@ class AgentNet(nn.Module):
         n_agents: Agents (A).
         sharing: The scheme whose layers it is made of.
         agent_id: Append the agent's one-hot index to its observation; the scheme's preference when None.
+        recurrent: Whether there is a GRU. Without one a hidden state has no units, ``[A, N, 0]``.
+        layer_norm: Normalise what goes into each ReLU (Ba et al. 2016, arXiv 1607.06450, without gain and bias: the layers that follow
+            have them). Such a net cannot be exported.
     """
 
-    def __init__(self, obs_dim: int, n_outputs: int, hidden: int, n_agents: int, sharing: Sharing, agent_id: bool | None = None) -> None:
+    def __init__(
+        self,
+        obs_dim: int,
+        n_outputs: int,
+        hidden: int,
+        n_agents: int,
+        sharing: Sharing,
+        agent_id: bool | None = None,
+        recurrent: bool = True,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.n_agents, self.hidden, self.obs_dim, self.n_outputs = n_agents, hidden, obs_dim, n_outputs
+        self.recurrent, self.layer_norm = recurrent, layer_norm
         self.n_slots = sharing.n_slots
         self.agent_id = sharing.agent_id if agent_id is None else agent_id
         inputs = obs_dim + (n_agents if self.agent_id else 0)
-        self.layers = nn.ModuleDict(
-            {
-                "fc1": sharing.linear(inputs, hidden, "input"),
-                "gru_input": sharing.linear(hidden, 3 * hidden, "recurrent"),
-                "gru_recurrent": sharing.linear(hidden, 3 * hidden, "recurrent"),
-                "fc2": sharing.linear(hidden, hidden, "hidden"),
-                "fc3": sharing.linear(hidden, hidden, "hidden"),
-                "fc4": sharing.linear(hidden, n_outputs, "output"),
-            }
-        )
+        self.layers = nn.ModuleDict({"fc1": sharing.linear(inputs, hidden, "input")})
+        if recurrent:
+            self.layers["gru_input"] = sharing.linear(hidden, 3 * hidden, "recurrent")
+            self.layers["gru_recurrent"] = sharing.linear(hidden, 3 * hidden, "recurrent")
+        self.layers["fc2"] = sharing.linear(hidden, hidden, "hidden")
+        if recurrent:
+            self.layers["fc3"] = sharing.linear(hidden, hidden, "hidden")
+        self.layers["fc4" if recurrent else "fc3"] = sharing.linear(hidden, n_outputs, "output")
         self.register_buffer("_ids", torch.eye(n_agents), persistent=False)
         self._sorted: tuple[Tensor, list[tuple[list[int], Tensor]], Tensor] | None = None
 
     def initial_state(self, rows: int) -> Tensor:
-        """Zeros ``[A, N, H]``."""
-        return self._ids.new_zeros(self.n_agents, rows, self.hidden)  # type: ignore[operator]
+        """Zeros ``[A, N, H]``; ``[A, N, 0]`` without recurrence."""
+        return self._ids.new_zeros(self.n_agents, rows, self.hidden if self.recurrent else 0)  # type: ignore[operator]
 
     def materialise(self, phase: Phase = "train") -> Weights:
         """Effective weights of every layer, in order; see :data:`~k24.sparse.slots.Phase`."""
@@ -104,7 +116,13 @@ class AgentNet(nn.Module):
         Returns:
             Outputs ``[A, T, N, U]`` and the last hidden state.
         """
-        a, t, n, _ = obs.shape
+        a, t, n, width = obs.shape
+        if not self.recurrent and t > 1:
+            # No step knows of another, so all are rows of one.
+            slots, alive, valid = (None if flags is None else flags.reshape(-1, 1, t * n) for flags in (slots, alive, valid))
+            valid = None if valid is None else valid[0]
+            out, _ = self(weights, obs.reshape(a, 1, t * n, width), h.new_zeros(a, t * n, 0), valid, observe, slots, alive)
+            return out.view(a, t, n, -1), h
         if self.agent_id:
             ids = self._ids[:, None, None].expand(a, t, n, a)  # type: ignore[index]
             obs = torch.cat([obs, ids], -1)
@@ -114,7 +132,7 @@ class AgentNet(nn.Module):
         rows = valid if alive is None else alive if valid is None else alive & valid
         rows = None if rows is None else rows.reshape(-1, t * n)
 
-        out, states = _run(weights, obs, h, {name: partial(layer.observe, valid=rows) for name, layer in noted.items()})
+        out, states = _run(weights, obs, h, {name: partial(layer.observe, valid=rows) for name, layer in noted.items()}, self.layer_norm)
         return out if alive is None else out * alive[..., None], states[:, -1]
 
     def compare(self, weights: Sequence[SlotWeights], obs: Tensor) -> Tensor:
@@ -131,7 +149,8 @@ class AgentNet(nn.Module):
         if self.agent_id:
             ids = self._ids[torch.arange(self.n_slots) % self.n_agents]  # type: ignore[index]
             x = torch.cat([x, ids[:, None, None].expand(-1, 1, len(obs), -1)], -1)
-        return _run(weights, x, x.new_zeros(self.n_slots, len(obs), self.hidden), {})[0][:, 0]
+        h = x.new_zeros(self.n_slots, len(obs), self.hidden if self.recurrent else 0)
+        return _run(weights, x, h, {}, self.layer_norm)[0][:, 0]
 
     def _forward_slots(
         self, weights: Sequence[SlotWeights], obs: Tensor, h: Tensor, valid: Tensor | None, noted: dict[str, MaskedLinear], slots: Tensor
@@ -203,7 +222,7 @@ class AgentNet(nn.Module):
         _, blocks, back = self._sorted
         if not blocks:
             return obs.new_zeros(a, 1, n, self.n_outputs), torch.zeros_like(h)
-        flat, flat_h, flat_own, flat_counted = obs.reshape(a * n, width), h.reshape(a * n, -1), own.flatten(), counted.reshape(-1)
+        flat, flat_h, flat_own, flat_counted = obs.reshape(a * n, width), h.flatten(0, 1), own.flatten(), counted.reshape(-1)
         outputs, lasts = [], []
         for slots, at in blocks:
             height, rows = at.shape
@@ -214,12 +233,13 @@ class AgentNet(nn.Module):
                 valid = flat_counted[at] & (torch.arange(rows, device=obs.device) < lengths[:, None])
                 watch = {name: partial(_keep, kept, slots, valid) for name, kept in seen.items()}
             x = flat.index_select(0, at.flatten()).view(height, 1, rows, width)
-            out, states = _run(_of_slots(weights, slots), x, flat_h[at], watch)
-            outputs.append(out.reshape(height * rows, -1))
-            lasts.append(states.reshape(height * rows, -1))
+            out, states = _run(_of_slots(weights, slots), x, flat_h[at], watch, self.layer_norm)
+            outputs.append(out.flatten(0, 2))
+            lasts.append(states.flatten(0, 2))
         alive = (own >= 0)[..., None]
         out, last = (
-            (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, back).view(a, n, -1) * alive for parts in (outputs, lasts)
+            (parts[0] if len(parts) == 1 else torch.cat(parts)).index_select(0, back).unflatten(0, (a, n)) * alive
+            for parts in (outputs, lasts)
         )
         return out[:, None], last
 
@@ -251,19 +271,22 @@ def _keep(segments: list[tuple[int, Tensor, Tensor]], slots: list[int], valid: T
     segments.extend((slot, x[k], valid[k]) for k, slot in enumerate(slots))
 
 
-def _run(weights: Sequence[SlotWeights], x: Tensor, h: Tensor, watch: Mapping[str, Callable[[Tensor], None]]) -> tuple[Tensor, Tensor]:
+def _run(
+    weights: Sequence[SlotWeights], x: Tensor, h: Tensor, watch: Mapping[str, Callable[[Tensor], None]], layer_norm: bool = False
+) -> tuple[Tensor, Tensor]:
     """The layers in order, over one block of rows per slot.
 
     Args:
         weights: One per layer.
         x: Inputs ``[A, T, N, I]``.
-        h: ``[A, N, H]``.
+        h: ``[A, N, H]``; ``[A, N, 0]`` where no layer is recurrent.
         watch: By name, who is shown a layer's inputs ``[A, T·N, I]``.
+        layer_norm: Normalise what goes into each ReLU.
 
     Returns:
         Outputs ``[A, T, N, U]`` and all hidden states ``[A, T, N, H]``.
     """
-    fc1, gru_x, gru_h, fc2, fc3, fc4 = weights
+    first, *rest = weights
     a, t, n, _ = x.shape
 
     def linear(name: str, x: Tensor, made: SlotWeights) -> Tensor:
@@ -271,14 +294,22 @@ def _run(weights: Sequence[SlotWeights], x: Tensor, h: Tensor, watch: Mapping[st
             watch[name](x.detach())
         return apply_slots(x, made.weight, made.bias)
 
-    x = linear("fc1", x.reshape(a, t * n, -1), fc1).relu_()
-    gates = linear("gru_input", x, gru_x).view(a, t, n, -1)
-    states = run_gru(gates, h, gru_h)
-    if "gru_recurrent" in watch:
-        watch["gru_recurrent"](torch.cat([h[:, None], states[:, :-1]], 1).detach().reshape(a, t * n, -1))
-    x = linear("fc2", states.reshape(a, t * n, -1), fc2).relu_()
-    x = linear("fc3", x, fc3).relu_()
-    return linear("fc4", x, fc4).view(a, t, n, -1), states
+    def hidden(name: str, x: Tensor, made: SlotWeights) -> Tensor:
+        x = linear(name, x, made)
+        return (F.layer_norm(x, x.shape[-1:]) if layer_norm else x).relu_()
+
+    x = hidden("fc1", x.reshape(a, t * n, -1), first)
+    states = h[:, None]
+    if len(rest) > 2:
+        gru_x, gru_h, *rest = rest
+        gates = linear("gru_input", x, gru_x).view(a, t, n, -1)
+        states = run_gru(gates, h, gru_h)
+        if "gru_recurrent" in watch:
+            watch["gru_recurrent"](torch.cat([h[:, None], states[:, :-1]], 1).detach().reshape(a, t * n, -1))
+        x = states.reshape(a, t * n, -1)
+    for k, made in enumerate(rest[:-1], 2):
+        x = hidden(f"fc{k}", x, made)
+    return linear(f"fc{len(rest) + 1}", x, rest[-1]).view(a, t, n, -1), states
 
 
 def run_gru(gates: Tensor, h: Tensor, made: SlotWeights) -> Tensor:

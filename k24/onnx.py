@@ -2,11 +2,14 @@
 
 The graph is put together node by node from the net's own weights, so it holds what the policy computes and nothing of how it was trained::
 
-    obs [A, E, D], state [A, E, H]  ->  values [A, E, U], next_state [A, E, H]
+    obs [A, E, D], state [A, E, H]  ->  values [A, E, K], next_state [A, E, H], actions [A, E] or [A, E, U]
 
-with ``A`` agents (fixed), ``E`` environments (free), ``D`` observation features, ``H`` hidden units and ``U`` actions. A net without a GRU
-has no state. ONNX knows no 2:4 masks: they are multiplied in, which makes ``A`` dense float32 weights of each masked layer. A layer that
-all agents share stays one initializer. A one-hot agent index is a constant, so its columns of the first layer go into that layer's bias.
+with ``A`` agents (fixed), ``E`` environments (free), ``D`` observation features, ``H`` hidden units, ``K`` outputs of the net and ``U``
+actions. A net without a GRU has no state. ``actions`` is the policy's mode (:mod:`k24.actions`), int64 or float32; discrete ones are chosen
+among all, so where some are not available, mask ``values`` and take the largest. A net of action values (``discrete``) has no ``actions``.
+
+ONNX knows no 2:4 masks: they are multiplied in, which makes ``A`` dense float32 weights of each masked layer. A layer that all agents share
+stays one initializer. A one-hot agent index is a constant, so its columns of the first layer go into that layer's bias.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from k24.actions import KINDS
 from k24.errors import UsageError
 from k24.kernels import GRU, Linear, Net
 
@@ -44,13 +48,14 @@ def require_onnx() -> None:
 
 
 @torch.no_grad()
-def onnx_model(net: Net, agent_id: bool = False, about: Mapping[str, str] | None = None) -> onnx.ModelProto:
+def onnx_model(net: Net, agent_id: bool = False, about: Mapping[str, str] | None = None, action: str = "discrete") -> onnx.ModelProto:
     """Builds the graph.
 
     Args:
         net: What to run, on any device.
         agent_id: The last A inputs of the net are the agent's one-hot index: the graph takes observations without it.
         about: Names and values to store beside the graph.
+        action: What the outputs mean, a key of :data:`k24.actions.KINDS`.
 
     Raises:
         UsageError: The package ``onnx`` is not installed, or the model is too large for one file.
@@ -75,14 +80,18 @@ def onnx_model(net: Net, agent_id: bool = False, about: Mapping[str, str] | None
     if hidden:
         graph.node("Identity", [h], "next_state")
 
-    def tensor(name: str, width: int) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, [agents, "envs", width])
+    def tensor(name: str, *width: int, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, [agents, "envs", *width])
 
     width = net.in_features - agents if agent_id else net.in_features
     inputs, outputs = [tensor("obs", width)], [tensor("values", net.out_features)]
     if hidden:
         inputs.append(tensor("state", hidden))
         outputs.append(tensor("next_state", hidden))
+    if action != "discrete":
+        n_actions = net.out_features // KINDS[action].n_outputs(1)
+        graph.mode(action, n_actions)
+        outputs.append(tensor("actions", n_actions) if KINDS[action].continuous else tensor("actions", kind=TensorProto.INT64))
     model = helper.make_model(
         helper.make_graph(graph.nodes, "policy", inputs, outputs, graph.initializers),
         producer_name="k24",
@@ -147,3 +156,14 @@ class _Graph:
         n = self.node("Tanh", [self.node("Add", [x_n, reset], f"{name}.candidate")], f"{name}.n")
         kept = self.node("Mul", [z, self.node("Sub", [h, n], f"{name}.difference")], f"{name}.kept")
         return self.node("Add", [n, kept], f"{name}.next")
+
+    def mode(self, action: str, n_actions: int) -> None:
+        """The best or likeliest action, as :mod:`k24.actions` has it."""
+        if not KINDS[action].continuous:
+            self.node("ArgMax", ["values"], "actions", axis=-1, keepdims=0)
+        elif action == "gaussian":
+            sizes = self.constant("moments.sizes", torch.tensor([n_actions, n_actions]))
+            self.node("Split", ["values", sizes], "means", "spreads", axis=-1)
+            self.node("Tanh", ["means"], "actions")
+        else:
+            self.node("Tanh", ["values"], "actions")

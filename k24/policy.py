@@ -9,6 +9,8 @@
 
 For a net of a few thousand weights the Python around the kernel costs as much as the kernel, so :meth:`Policy.act` checks by comparing
 numbers it already has, and converts what has another type or place and nothing else.
+
+``policy.spec.action`` says what the net's outputs mean and what an action is; see :mod:`k24.actions`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from k24.actions import KINDS, StochasticKind
 from k24.artifact import PolicySpec, check_shapes, read_policy
 from k24.artifact import write_policy as save_policy
 from k24.errors import PolicyFileError, UsageError
@@ -78,12 +81,17 @@ class Policy:
         self._of = by_unit_type(*spec.slots).of if isinstance(spec.slots, tuple) else None
         self._agents = spec.n_agents if spec.n_agents == net.n_slots and spec.slots == "agent" else None
         self._dtypes = (torch.float32, net.dtype)
+        self._kind = KINDS[spec.action]
+        self._mode, self._continuous = self._kind.mode, self._kind.continuous
         self._never = torch.tensor(float("-inf"), device=self.device)
         self._threads = threads
 
     def __repr__(self) -> str:
         s = self.spec
-        return f"Policy({s.task}, {s.algo}-{s.sharing}, {s.n_agents} agents, {s.obs_dim} -> {s.n_actions}, {self.backend}, {self.device})"
+        return (
+            f"Policy({s.task}, {s.algo}-{s.sharing}, {s.n_agents} agents, {s.obs_dim} -> {s.n_actions} {s.action}, "
+            f"{self.backend}, {self.device})"
+        )
 
     def __reduce__(self) -> tuple:
         """Another process loads the file again, or takes the net along where there is no file."""
@@ -125,8 +133,17 @@ class Policy:
         net = self._net or self._prepared.net
         return None if net.device.type == "meta" else net
 
-    def act(self, obs: Any, state: Tensor | None = None, *, avail: Any = None, slots: Any = None) -> tuple[Any, Tensor]:
-        """Chooses the action of largest value.
+    def act(
+        self,
+        obs: Any,
+        state: Tensor | None = None,
+        *,
+        avail: Any = None,
+        slots: Any = None,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Chooses the best or likeliest action, or draws one.
 
         Args:
             obs: Observations ``[n_agents, n_envs, obs_dim]``, or ``[n_agents, obs_dim]`` of one environment, or ``[rows, obs_dim]`` with
@@ -134,23 +151,29 @@ class Policy:
             state: What the call before returned; None at the start of an episode. Where environments end at different times, those that
                 begin anew are reset by ``state[:, done] = 0``.
             avail: bool, which actions can be taken, as ``obs`` with ``n_actions`` in place of ``obs_dim``; a row without any gets action 0.
+                Only for discrete actions.
             slots: int64, of the shape of ``obs`` without ``obs_dim``: whose policy each row follows (units of several types); negative for
                 a row that counts for nothing. Not needed where the policy reads it from the observation (``spec.slots``).
+            sample: Draw from the policy's distribution.
+            generator: Source of the draw, on the policy's device; torch's own when None.
 
         Returns:
-            Actions, int64 of the shape of ``obs`` without ``obs_dim``, an array where ``obs`` was none of torch's; and the next state.
+            Actions, an array where ``obs`` was none of torch's: int64 of the shape of ``obs`` without ``obs_dim``, or float32 in [-1, 1] of
+            that of ``obs`` with ``n_actions`` in place of ``obs_dim``. And the next state.
 
         Raises:
-            UsageError: A shape or a slot does not fit the policy.
+            UsageError: A shape or a slot does not fit the policy, or it has no distribution to draw from.
         """
-        values, state = self._outputs(obs, state, slots)
+        outputs, state = self._outputs(obs, state, slots)
+        if self._continuous:
+            outputs = outputs.float()
         if avail is not None:
-            values = self._masked(values, avail)
-        actions = values.argmax(-1)
+            outputs = self._masked(outputs, avail)
+        actions = self._draw(outputs, generator) if sample else self._mode(outputs)
         return actions if isinstance(obs, Tensor) else actions.cpu().numpy(), state
 
     def outputs(self, obs: Any, state: Tensor | None = None, slots: Any = None) -> tuple[Any, Tensor]:
-        """The values that :meth:`act` chooses by.
+        """What :meth:`act` chooses by: the net's outputs as they are, of which :mod:`k24.actions` says what they mean.
 
         Args:
             obs: As for :meth:`act`.
@@ -158,13 +181,24 @@ class Policy:
             slots: As for :meth:`act`.
 
         Returns:
-            Values, of the shape of ``obs`` with ``n_actions`` in place of ``obs_dim``, an array where ``obs`` was none of torch's; and the
-            next state.
-        """
-        values, state = self._outputs(obs, state, slots)
-        return values if isinstance(obs, Tensor) else values.cpu().numpy(), state
+            Outputs, of the shape of ``obs`` with ``spec.n_outputs`` in place of ``obs_dim``, an array where ``obs`` was none of torch's;
+            and the next state.
 
-    q_values = outputs
+        Raises:
+            UsageError: A shape or a slot does not fit the policy.
+        """
+        outputs, state = self._outputs(obs, state, slots)
+        return outputs if isinstance(obs, Tensor) else outputs.cpu().numpy(), state
+
+    def q_values(self, obs: Any, state: Tensor | None = None, slots: Any = None) -> tuple[Any, Tensor]:
+        """:meth:`outputs` of a policy that chooses by action values.
+
+        Raises:
+            UsageError: This one does not, or a shape or a slot does not fit it.
+        """
+        if self.spec.action != "discrete":
+            raise UsageError(f"this policy's outputs mean {self.spec.action} actions and are no action values: use outputs")
+        return self.outputs(obs, state, slots)
 
     def _outputs(self, obs: Any, state: Tensor | None, slots: Any) -> tuple[Tensor, Tensor]:
         x = obs if isinstance(obs, Tensor) else _tensor(obs, np.float32, "obs")
@@ -172,8 +206,7 @@ class Policy:
             x = x.to(self.device, x.dtype if x.dtype in self._dtypes else torch.float32)
         if self._of is not None and slots is None:
             return self._agents_of_slots(x, None, state)
-        of_agents = x.ndim == 3 or (self.spec.agent_id and self.spec.slots != "agent" and x.shape[0] == self.spec.n_agents)
-        if slots is not None and of_agents:
+        if slots is not None and (x.ndim == 3 or (self.spec.agent_id and self.spec.slots != "agent" and x.shape[0] == self.spec.n_agents)):
             return self._agents_of_slots(x, _slots(slots, x), state)
         shape = x.shape
         rank = len(shape)
@@ -202,13 +235,13 @@ class Policy:
             assert self._of is not None
             slots = self._of(x)
         if state is not None:
-            state = self._checked_state(state, x, x.shape[:-1]).reshape(-1, self._hidden)
+            state = self._checked_state(state, x, x.shape[:-1]).reshape(slots.numel(), self._hidden)
         lead = x.shape[:-1]
         if self.spec.agent_id:
             ids = self._ids.to(x.dtype)
             x = torch.cat((x, ids.expand(-1, lead[1], -1) if x.ndim == 3 else ids[:, 0]), -1)
         values, state = self._prepared(x.reshape(slots.numel(), x.shape[-1]), state, slots.reshape(-1))
-        return values.view(*lead, self.spec.n_actions), state.view(*lead, self._hidden)
+        return values.view(*lead, self.spec.n_outputs), state.view(*lead, self._hidden)
 
     def _mixed_rows(self, x: Tensor, state: Tensor | None, slots: Any) -> tuple[Tensor, Tensor]:
         if slots is None:
@@ -235,7 +268,18 @@ class Policy:
             raise UsageError(f"state must be the tensor {[*rows, self._hidden]} that the call before returned, got {found}")
         return state if state.dtype is x.dtype and state.device == self.device else state.to(x)
 
+    def _draw(self, outputs: Tensor, generator: torch.Generator | None) -> Tensor:
+        # What is not available has an output of -inf by now, and so is never drawn.
+        if not isinstance(self._kind, StochasticKind):
+            able = ", ".join(name for name, kind in KINDS.items() if kind.stochastic)
+            raise UsageError(f"a {self.spec.action} policy has no distribution to sample from, only {able} ones have: leave sample out")
+        if generator is not None and generator.device.type != self.device.type:
+            raise UsageError(f"the generator is on {generator.device} and the policy on {self.device}: make it there")
+        return self._kind.sample(outputs, generator=generator)
+
     def _masked(self, values: Tensor, avail: Any) -> Tensor:
+        if self._continuous:
+            raise UsageError(f"avail is for discrete actions, and those of this policy are {self.spec.action}: leave avail out")
         avail = avail if isinstance(avail, Tensor) else _tensor(avail, np.bool_, "avail")
         if avail.shape != values.shape:
             raise UsageError(f"avail must be {list(values.shape)}, got {list(avail.shape)}")

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from k24 import config as config_module
-from k24.config import PRESETS, TrainConfig, first_difference, from_dict, load_config, preset, save_config, to_dict
+from k24.config import PRESETS, TrainConfig, first_difference, for_algo, from_dict, load_config, preset, save_config, to_dict
 from k24.errors import UsageError
-from k24.learners import LEARNERS, ValueConfig
-from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig
+from k24.learners import LEARNERS, PPOConfig, TD3Config, ValueConfig
+from k24.sharing import SCHEMES, Dense, K24Config, Kaleidoscope, KaleidoscopeConfig, SharingConfig, make_critic_sharing
 
 OTHER = TrainConfig(
     task="toy/memory",
@@ -27,6 +27,13 @@ OTHER = TrainConfig(
     masks=K24Config(pattern="1:4", freeze_at=0.3, diversity="hamming", hetero_init_scale=0.1 + 0.2),
     kaleidoscope=KaleidoscopeConfig(div_coef=5.0),
 )
+# One run of each algorithm, away from the defaults of its learner.
+OF_EACH = {
+    **{algo: TrainConfig(algo=algo, learner=ValueConfig(gamma=0.5, epsilon_anneal=7, double_q=False)) for algo in ("iql", "vdn", "qmix")},
+    "ippo": TrainConfig(algo="ippo", learner=PPOConfig(clip=0.1, recurrent=False, individual_rewards=True)),
+    "mappo": TrainConfig(algo="mappo", learner=PPOConfig(epochs=3, critic_sharing="nops", target_kl=1e-9)),
+    "matd3": TrainConfig(algo="matd3", learner=TD3Config(critics=3, critic_rows="all", env_steps_per_update=0.5)),
+}
 
 
 # --- values --------------------------------------------------------------------------------------------------------------------
@@ -34,12 +41,54 @@ OTHER = TrainConfig(
 
 def test_defaults_are_a_valid_run():
     config = TrainConfig()
-    assert (config.algo, config.sharing, config.masks.pattern) == ("qmix", "k24", "2:4")
+    assert (config.algo, config.sharing, config.masks.pattern, config.learner) == ("qmix", "k24", "2:4", ValueConfig())
+
+
+def test_each_algorithm_has_settings_of_its_own():
+    kinds = {"iql": ValueConfig, "vdn": ValueConfig, "qmix": ValueConfig, "ippo": PPOConfig, "mappo": PPOConfig, "matd3": TD3Config}
+    assert {algo: TrainConfig(algo=algo).learner for algo in LEARNERS} == {algo: kind() for algo, kind in kinds.items()}
+    assert OF_EACH.keys() == LEARNERS.keys()
+
+
+def test_settings_of_another_algorithm_are_refused():
+    with pytest.raises(UsageError, match="algo mappo has its learner's settings in a PPOConfig, got a ValueConfig: change both"):
+        TrainConfig(algo="mappo", learner=ValueConfig())
+    with pytest.raises(UsageError, match="algo vdn has its learner's settings in a ValueConfig, got a TD3Config"):
+        dataclasses.replace(OF_EACH["matd3"], algo="vdn")
+
+
+@pytest.mark.parametrize("algo", LEARNERS)
+def test_no_option_has_two_meanings(algo):
+    """Options of learner and masks stand beside those of the run, without a prefix."""
+    config = TrainConfig(algo=algo)
+    names = [f.name for part in (config, config.learner, config.masks) for f in dataclasses.fields(part)]
+    assert len(names) == len(set(names))
+    # What one algorithm knows is no option of the run or its masks, or another could not be told that it lacks it.
+    run = {f.name for part in (config, config.masks) for f in dataclasses.fields(part)}
+    assert not run & {f.name for learner in LEARNERS.values() for f in dataclasses.fields(learner.settings)}
+
+
+def test_another_algorithm_takes_the_settings_that_it_understands():
+    base = TrainConfig(task="toy/matrix", hidden=8, learner=ValueConfig(lr=0.1))
+    assert for_algo(base, "vdn") == dataclasses.replace(base, algo="vdn")
+    assert for_algo(base, "ippo") == TrainConfig(task="toy/matrix", hidden=8, algo="ippo", learner=PPOConfig())
+    assert base == TrainConfig(task="toy/matrix", hidden=8, learner=ValueConfig(lr=0.1))  # as it was
+    with pytest.raises(UsageError, match="unknown algorithm 'mapo': did you mean 'mappo'"):
+        for_algo(base, "mapo")
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_change_the_defaults(name):
-    assert first_difference(TrainConfig(), preset(name)) is not None
+    found = preset(name)
+    assert first_difference(TrainConfig(algo=found.algo), found) is not None
+
+
+def test_presets_of_mujoco_differ_by_what_kaleidoscope_adds():
+    plain, kaleidoscope = preset("matd3_mamujoco"), preset("kaleidoscope_mamujoco")
+    assert (plain.sharing, plain.learner.critics, kaleidoscope.sharing, kaleidoscope.learner.critics) == ("k24", None, "kaleidoscope", 5)
+    assert kaleidoscope.kaleidoscope == KaleidoscopeConfig(div_coef=0.1, reset_interval=1_000_000, reset_ratio=0.5)
+    learner = dataclasses.replace(kaleidoscope.learner, critics=None)
+    assert dataclasses.replace(kaleidoscope, sharing="k24", learner=learner, kaleidoscope=KaleidoscopeConfig()) == plain
 
 
 def test_the_help_of_a_name_lists_what_there_is():
@@ -54,6 +103,17 @@ def test_the_help_of_a_name_lists_what_there_is():
     ("values", "message"),
     [
         ({"algo": "qmx"}, "unknown algorithm 'qmx': did you mean 'qmix'?"),
+        ({"algo": "qmx", "learner": {"clip": 0.1}}, "unknown algorithm 'qmx': did you mean 'qmix'?"),
+        ({"learner": {"gama": 0.1}, "algo": "mappo"}, "here: learner: unknown setting 'gama': did you mean 'gamma'?"),
+        ({"learner": {"double_q": True}, "algo": "mappo"}, "here: learner: unknown setting 'double_q': "),
+        ({"learner": {"clip": 0.1}}, "here: learner: unknown setting 'clip': "),
+        ({"algo": "matd3", "learner": {"critics": 2.5}}, "here: learner: critics is 2.5, expected int"),
+        ({"algo": "mappo", "learner": {"critic_sharing": "k25"}}, "unknown sharing scheme of a critic 'k25': did you mean 'k24'?"),
+        ({"algo": "mappo", "learner": {"minibatches": 33}}, "minibatches (=33) must not exceed envs (=32): episodes are not cut"),
+        (
+            {"algo": "mappo", "sharing": "nops", "hidden": 1, "learner": {"critic_sharing": "k24_random"}},
+            "hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or more",
+        ),
         ({"sharing": "k25"}, "unknown sharing scheme 'k25': did you mean 'k24'?"),
         ({"sharing": "zzzzzzz"}, "unknown sharing scheme 'zzzzzzz': known: fups, fups_id, "),
         ({"steps": 0}, "steps (=0) must be at least 1"),
@@ -108,11 +168,12 @@ def test_wrong_values_name_themselves_and_the_remedy(values, message):
 
 def test_every_number_is_checked_for_nan():
     """Comparisons with NaN are false, so that a range check written the wrong way round lets it pass."""
-    for part in ("learner", "masks", "kaleidoscope"):
-        for f in dataclasses.fields(getattr(TrainConfig(), part)):
-            if f.type in (float, "float", "float | None"):
-                with pytest.raises(UsageError, match="nan"):
-                    from_dict(TrainConfig, {part: {f.name: float("nan")}}, "here")
+    for algo in LEARNERS:
+        for part in ("learner", "masks", "kaleidoscope"):
+            for f in dataclasses.fields(getattr(TrainConfig(algo=algo), part)):
+                if f.type in (float, "float", "float | None"):
+                    with pytest.raises(UsageError, match="nan"):
+                        from_dict(TrainConfig, {"algo": algo, part: {f.name: float("nan")}}, "here")
 
 
 def test_small_nets_are_fine_where_nothing_is_masked():
@@ -124,10 +185,57 @@ def test_env_args_are_read_as_what_they_look_like():
     assert config.env_kwargs == {"a": 3, "b": 0.5, "c": True, "d": "text", "e": None, "f": "3", "g": "x=y", "h": [1, 2]}
 
 
+# --- the scheme of critics -----------------------------------------------------------------------------------------------------
+
+LIKE_THE_POLICY = {scheme: scheme for scheme in SCHEMES}
+OWN_NETWORKS = {"fups": "nops", "fups_id": "nops", "k24_shared": "nops"}
+
+
+@pytest.mark.parametrize(
+    ("n_slots", "ensemble", "expected"),
+    [
+        (1, False, dict.fromkeys(SCHEMES, "fups")),  # MAPPO: one critic for all
+        (1, True, dict.fromkeys(SCHEMES, "fups")),
+        (3, False, LIKE_THE_POLICY),  # IPPO: one per agent
+        (3, True, LIKE_THE_POLICY | OWN_NETWORKS),  # MATD3: critics see the same, so one set of weights would be one critic
+    ],
+)
+def test_critics_follow_the_policy_as_far_as_that_makes_sense(n_slots, ensemble, expected):
+    def described(sharing):
+        return type(sharing), sharing.n_slots, sharing.agent_id, getattr(sharing, "own", None), getattr(sharing, "variant", None)
+
+    for policy in SCHEMES:
+        found = make_critic_sharing(policy, "auto", n_slots, ensemble)
+        assert described(found) == described(make_critic_sharing("nops", expected[policy], n_slots, ensemble)), policy
+        for requested in SCHEMES:
+            asked = make_critic_sharing(policy, requested, n_slots, ensemble)
+            assert described(asked) == described(SCHEMES[requested](n_slots, SharingConfig()))
+
+
+def test_how_many_critics_an_ensemble_has():
+    """Five where they are masks on one network, two where each is a network of its own."""
+    counts = {policy: make_critic_sharing(policy, "auto", None, True).n_slots for policy in SCHEMES}
+    assert counts == {"k24": 5, "k24_random": 5, "k24_shared": 2, "kaleidoscope": 5, "fups": 2, "fups_id": 2, "nops": 2}
+    assert make_critic_sharing("k24", "nops", None, True).n_slots == 2
+    assert make_critic_sharing("nops", "kaleidoscope", None, True).n_slots == 5
+
+
+def test_critics_get_the_settings_of_their_scheme():
+    config = SharingConfig(kaleidoscope=KaleidoscopeConfig(div_coef=0.25), masks=K24Config(pattern="1:4"))
+    critic = make_critic_sharing("kaleidoscope", "auto", 5, True, config)
+    assert isinstance(critic, Kaleidoscope) and critic.config.div_coef == 0.25
+    assert make_critic_sharing("fups", "k24", 5, True, config).config.pattern == "1:4"
+    assert isinstance(make_critic_sharing("k24", "auto", 1, False, config), Dense)
+    with pytest.raises(UsageError, match="unknown sharing scheme 'k25'"):
+        make_critic_sharing("k24", "k25", 1, False)
+
+
 # --- files ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), OTHER, *map(preset, PRESETS)], ids=["defaults", "other", *PRESETS])
+@pytest.mark.parametrize(
+    "config", [TrainConfig(), OTHER, *OF_EACH.values(), *map(preset, PRESETS)], ids=["defaults", "other", *OF_EACH, *PRESETS]
+)
 def test_a_file_holds_the_whole_configuration(tmp_path, config):
     path = tmp_path / "config.yaml"
     save_config(config, path)
@@ -142,6 +250,48 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("task: toy/matrix\nlearner: {lr: 1}\n")
     assert load_config(path) == TrainConfig(task="toy/matrix", learner=ValueConfig(lr=1.0))
+
+
+# Written when there were no other learners than those of values.
+WRITTEN_BEFORE = """\
+task: mpe/simple_spread
+algo: vdn
+sharing: k24
+steps: 1000000
+env_args: []
+workers: null
+learner:
+  lr: 0.002
+  lr_decay_start: 0.8
+  lr_final: 0.1
+  gamma: 0.99
+  batch_size: 32
+  buffer_size: 5000
+  env_steps_per_update: 100
+  double_q: true
+  target_update: 200
+  target_tau: 0.0
+  n_step: 1
+  td_lambda: 0.0
+  standardise_rewards: true
+  individual_rewards: false
+  grad_clip: 10.0
+  optimiser: adam
+  epsilon_start: 1.0
+  epsilon_finish: 0.05
+  epsilon_anneal: 50000
+  mixer_embed: 32
+  hypernet_hidden: 64
+masks:
+  pattern: '2:4'
+  freeze_at: null
+"""
+
+
+def test_files_written_before_still_load(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(WRITTEN_BEFORE)
+    assert load_config(path) == TrainConfig(task="mpe/simple_spread", algo="vdn", learner=ValueConfig(lr=0.002))
 
 
 @pytest.mark.parametrize("text", ["5e-4", "5E-4", "0.0005", "5.0e-4", "+5e-4"])
@@ -180,6 +330,10 @@ def test_exponents_are_numbers(tmp_path, text):
         ("learner: {lr: .nan}", "lr (=nan) must be positive"),
         ("masks: {freeze_at: soon}", "{path}: masks: freeze_at is 'soon', expected float"),
         ("algo: qmx", "unknown algorithm 'qmx': did you mean 'qmix'?"),
+        ("algo: 3", "{path}: algo is 3, expected str"),
+        ("algo: [mappo]", "{path}: algo is ['mappo'], expected str"),
+        ("algo: mappo\nlearner: {epsilon_start: 1.0}", "{path}: learner: unknown setting 'epsilon_start': "),
+        ("learner: {critcs: 2}\nalgo: matd3", "{path}: learner: unknown setting 'critcs': did you mean 'critics'?"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(tmp_path, monkeypatch, text, message):
@@ -214,5 +368,7 @@ def test_the_first_difference_has_a_dotted_name_and_both_values():
     assert first_difference(a, dataclasses.replace(a, seed=3)) == ("seed", 0, 3)
     assert first_difference(a, dataclasses.replace(a, device="cpu"), ("device",)) is None
     assert first_difference(a, dataclasses.replace(a, masks=K24Config(kappa=2.0))) == ("masks.kappa", 1.0, 2.0)
+    assert first_difference(a, TrainConfig(algo="mappo")) == ("algo", "qmix", "mappo")
+    assert first_difference(a, TrainConfig(algo="mappo"), ("algo",)) == ("learner", "ValueConfig", "PPOConfig")
     b = dataclasses.replace(a, device="cpu", masks=K24Config(freeze_at=0.5))
     assert first_difference(a, b, ("device",)) == ("masks.freeze_at", None, 0.5)

@@ -72,6 +72,8 @@ def test_every_extra_of_a_suite_is_one_of_the_package():
         ("toy/memory", {"task": 3}, "unknown option of toy/memory 'task': it is set for every task alike, outside the task's options"),
         ("toy/matrix", {"n_envs": 0}, "toy/matrix: n_envs must be a whole number of at least 1, got 0"),
         ("toy/matrix", {"device": "gpu"}, "toy/matrix: unknown device 'gpu': expected cpu, cuda or cuda:<index>"),
+        ("toy/reach", {"n_agents": 1}, "toy/reach: n_agents must be at least 2, got 1"),
+        ("toy/reach", {"max_steps": 1}, "toy/reach: max_steps must be at least 2, got 1"),
         ("toy/specialisation", {"n_agents": "3"}, "toy/specialisation: n_agents must be a whole number, got '3'"),
     ],
 )
@@ -170,7 +172,12 @@ def test_importing_k24_envs_and_listing_tasks_loads_no_simulator():
 
 @pytest.mark.parametrize(
     ("task", "options"),
-    [*((task, {}) for task in toy_module.TASKS), ("toy/specialisation", {"n_agents": 5}), ("toy/memory", {"max_steps": 9})],
+    [
+        *((task, {}) for task in toy_module.TASKS),
+        ("toy/specialisation", {"n_agents": 5}),
+        ("toy/memory", {"max_steps": 9}),
+        ("toy/reach", {"n_agents": 3, "n_dims": 2, "max_steps": 2}),
+    ],
 )
 def test_toy_games_keep_the_contract(task, options):
     assert set(check_env(lambda: make_env(task, 5, **options))) >= ALWAYS
@@ -214,6 +221,73 @@ def test_memory_pays_for_the_cue_of_the_first_step_at_the_last():
     for _ in range(5):
         step = env.step(wrong)
     assert step.reward.sum() == 0
+
+
+def test_reach_pays_at_the_last_step_for_how_near_each_agent_is_to_its_own_goal():
+    env = make_env("toy/reach", 6)
+    obs = env.reset(0)
+    assert env.spec.continuous and obs.avail is None
+    # Columns: right; right in another order of steps; still; both to one side; the wrong way round; beyond the edge and into it.
+    plays = torch.tensor(
+        [
+            [[-1, -1, 0, 1, 1, -1], [-1, 0, 0, 1, 1, -1], [0, -1, 0, 0, 0, -1]],  # the first agent's goal is at -0.8, a step is 0.4
+            [[2 / 3, 1, 0, 1, -1, 1], [2 / 3, 1, 0, 1, -1, 0.5], [2 / 3, 0, 0, 0, 0, 0]],
+        ]
+    )
+    # d² over V = 0.64: 0; 0; 1 each; 1.6² = 2.56 and 0; 2.56 each; (1 - 0.8)² = 0.04 and (0.6 - 0.8)² = 0.04.
+    returns = torch.tensor([1, 1, 0, 1 - 2, 1 - 4, 1 - 0.0625])
+    for _ in range(2):
+        assert (obs.obs == 0).all()
+        for t in range(3):
+            step = env.step(plays[:, t, :, None])
+            assert bool(step.terminated.all()) == (t == 2) and not step.truncated.any()
+            torch.testing.assert_close(step.after.obs[..., 1], torch.full((2, 6), (t + 1) / 3))
+            torch.testing.assert_close(step.after.state, step.after.obs.transpose(0, 1).flatten(1))
+            torch.testing.assert_close(step.reward.sum(0), returns if t == 2 else torch.zeros(6))
+        places = torch.tensor([[-0.8, -0.8, 0, 0.8, 0.8, -1], [0.8, 0.8, 0, 0.8, -0.8, 0.6]])
+        torch.testing.assert_close(step.after.obs[..., 0], places)
+        obs = step.current
+    assert float(returns.max()) == env.optimal_return
+    torch.testing.assert_close(step.reward[:, 3], torch.tensor([-1.5, 0.5]))  # each is paid for what it did itself
+
+
+def test_agents_that_reach_alike_earn_nothing():
+    """Neither a fixed place, whichever, nor one drawn at random from any distribution that is the same for all."""
+    env = make_env("toy/reach", 201, n_agents=5, n_dims=2, max_steps=2)
+    env.reset(0)
+    drift = torch.linspace(-1, 1, 201)[None, :, None].expand(5, 201, 2)
+    env.step(drift)
+    alike = env.step(torch.zeros(5, 201, 2)).reward.sum(0)
+    assert float(alike.max()) == pytest.approx(0, abs=1e-6) and int(alike.argmax()) == 100, "by staying at 0"
+    env = make_env("toy/reach", 4)
+    env.reset(0)
+    # Each of two agents tosses a coin for a place of ±0.4, and so every pair of places is as likely.
+    tosses = torch.tensor([[-1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, -1.0, 1.0]])[..., None]
+    for push in (1.0, 0.0, 0.0):
+        step = env.step(push * tosses)
+    assert float(step.reward.sum(0).mean()) == pytest.approx(-(0.4**2) / 0.64)
+    assert float(step.reward.sum(0)[1]) == pytest.approx(1 - 0.25), "one pair is lucky: 0.4 from the goals, 0.16/0.64"
+
+
+def test_reach_in_two_dimensions_wants_both():
+    env = make_env("toy/reach", 3, n_agents=3, n_dims=2)
+    assert env.spec.n_actions == 2 and env.spec.obs_dim == 3 and env.spec.state_dim == 9
+    env.reset(0)
+    towards = torch.tensor([[-1.0, 1.0], [0.0, 0.0], [1.0, -1.0]])  # the middle one's goal is where it starts
+    actions = torch.stack([towards, -towards, towards * torch.tensor([1.0, 0.0])], 1) * (2 / 3)
+    for _ in range(3):
+        step = env.step(actions)
+    # V is 0.64 · 2/3. Outer agents: 0; 1.6² = 2.56, over V 6; one dimension of two, 0.64/2, over V 0.75.
+    torch.testing.assert_close(step.reward.sum(0), torch.tensor([1, 1 - 2 / 3 * 6, 1 - 2 / 3 * 0.75]))
+    torch.testing.assert_close(step.reward[1], torch.full((3,), 1 / 3))
+
+
+@pytest.mark.parametrize("actions", [torch.zeros(2, 3), torch.zeros(2, 3, 1, dtype=torch.int64), torch.full((2, 3, 1), 1.01)])
+def test_a_wrong_continuous_joint_action_is_an_error(actions):
+    env = make_env("toy/reach", 3)
+    env.reset(0)
+    with pytest.raises(RunError, match="step: actions must be"):
+        env.step(actions)
 
 
 @pytest.mark.parametrize(

@@ -20,29 +20,30 @@ PACKAGE = Path(__file__).parents[1] / "k24"
 # What each part may import of k24, besides itself and `errors`. A name allows what lies below it too ("envs" allows "envs.base"); the
 # row with the longest name that fits a module is the one that counts.
 #
-# Two wings stand on `sparse`: running (sparse, kernels, policy) and training (everything else up to `train`). A policy is run where
+# Two wings stand on `sparse` and `actions`: running (kernels, policy) and training (everything else up to `train`). A policy is run where
 # nothing of the training wing is installed, so only the parts under "where the wings meet" may see both.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "strict": set(),
     "allocator": set(),
+    "actions": set(),
     # running
     "sparse": set(),
     "kernels": {"sparse"},
-    "artifact": {"files", "strict", "sparse", "kernels"},
-    "policy": {"artifact", "kernels", "sparse"},
-    "onnx": {"kernels"},
+    "artifact": {"files", "strict", "actions", "sparse", "kernels"},
+    "policy": {"actions", "artifact", "kernels", "sparse"},
+    "onnx": {"actions", "kernels"},
     # training
     "sharing": {"sparse"},
     "nets": {"sparse", "sharing"},
     "envs.base": set(),
     "envs": {"envs.base"},
-    "learners": {"sparse", "nets", "sharing", "envs.base"},
+    "learners": {"actions", "sparse", "nets", "sharing", "envs.base"},
     "config": {"sparse", "sharing", "nets", "envs", "learners"},
     "checkpoint": {"config", "files"},
     # where the wings meet
-    "evaluate": {"sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"},
+    "evaluate": {"actions", "sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"},
     "export": {"sparse", "kernels", "policy", "onnx", "nets", "files", "evaluate"},
     "inspection": {"sparse", "kernels", "artifact", "export", "evaluate"},
     # on top
@@ -61,7 +62,7 @@ LAYERS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"sparse", "policy"},  # the public names
 }
-RUNNING_WING = ("files", "strict", "sparse", "kernels", "artifact", "policy")
+RUNNING_WING = ("files", "strict", "actions", "sparse", "kernels", "artifact", "policy")
 MAY_PRINT = {"cli", "commands", "__main__", "envs.worker"}  # a worker is a process of its own
 
 
@@ -240,7 +241,7 @@ def write_package(folder: Path, files: dict[str, str]) -> Path:
         ("learners/value.py", "from k24.envs.mpe import Mpe", "learners imports envs.mpe"),
         ("learners/value.py", "from k24 import envs", "learners imports envs"),
         ("learners/value.py", "if TYPE_CHECKING:\n    from k24.envs.mpe import Mpe, Other", "learners imports envs.mpe"),
-        ("policy.py", "import k24.nets", "policy imports nets; it may import artifact, kernels"),
+        ("policy.py", "import k24.nets", "policy imports nets; it may import actions, artifact, kernels"),
         ("gadgets/new.py", "", "covers 'gadgets.new'"),
     ],
 )

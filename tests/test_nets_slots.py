@@ -16,7 +16,7 @@ from torch import Tensor
 from k24.envs import make_env
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.errors import RunError, UsageError
-from k24.learners import Episodes, ValueActor, ValueConfig, ValueLearner
+from k24.learners import Episodes, NetActor, ValueConfig, ValueLearner
 from k24.learners.rollout import slots_of
 from k24.nets import AgentNet
 from k24.sharing import SCHEMES, make_sharing
@@ -279,7 +279,7 @@ def test_policies_are_compared_on_what_the_living_saw() -> None:
     unsaid = NoAlive(env)
     learner = ValueLearner("qmix", env.spec, make_sharing("k24", 3), ValueConfig(), HIDDEN, rule=by_unit_type(0, 3))
     learner.gather(unsaid, 0, seed=0)
-    assert learner._pool is not None and bool((learner._pool[:, :3].sum(1) == 1).all())
+    assert bool((learner.state_dict()["pool"]["obs"][:, :3].sum(1) == 1).all())
 
 
 class NoAlive(TeamEnv):
@@ -302,7 +302,7 @@ def test_the_dead_take_an_available_action() -> None:
     obs = torch.zeros(AGENTS, 3, OBS)
     avail = torch.zeros(AGENTS, 3, ACTIONS, dtype=torch.bool)
     avail[..., 2] = True
-    actor = ValueActor(net, net.snapshot("act"), rule=by_unit_type(0, 3))
+    actor = NetActor(net, net.snapshot("act"), rule=by_unit_type(0, 3))
     actor.reset(3)
     actions = actor(Observation(obs, torch.zeros(3, 1), avail, torch.zeros(AGENTS, 3, dtype=torch.bool)))
     assert torch.equal(actions, torch.full((AGENTS, 3), 2))

@@ -118,7 +118,13 @@ def test_onnx_of_a_run(finished, tmp_path, capsys):
     assert main(["export", str(finished), "--out", str(out), "--onnx", str(graph), "--dtype", "fp16"]) == 0
     assert last_json(capsys.readouterr().out)["onnx"] == str(graph)
     model = onnx.load(graph)
-    assert {p.key: p.value for p in model.metadata_props} == {"task": "toy/memory", "algo": "qmix", "sharing": "k24", "steps": "320"}
+    assert {p.key: p.value for p in model.metadata_props} == {
+        "task": "toy/memory",
+        "algo": "qmix",
+        "sharing": "k24",
+        "steps": "320",
+        "action": "discrete",
+    }
     run, agent_net = session(model), load_run(finished).learner.net
     obs = some_sequence(agent_net, 1)
     expected, _ = agent_net(agent_net.snapshot("deploy"), obs, agent_net.initial_state(5))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import k24
 from k24 import artifact, kernels
+from k24.actions import KINDS, StochasticKind
 from k24.errors import UsageError
 from k24.kernels import GRU, Linear, Net
 from k24.kernels.net import Prepared
@@ -60,9 +61,10 @@ def random_net(slots=3, inputs=7, hidden=6, outputs=5, kind="masked", dtype=torc
     return Net((linear(inputs, hidden, True), *between, linear(hidden, hidden, True), linear(hidden, outputs, kind="shared")), slots)
 
 
-def spec_of(net: Net, agent_id: bool = False, **changes) -> PolicySpec:
+def spec_of(net: Net, agent_id: bool = False, action: str = "discrete", **changes) -> PolicySpec:
     obs_dim = net.in_features - (net.n_slots if agent_id else 0)
-    spec = PolicySpec("toy/matrix", "qmix", "k24", 1000, net.n_slots, obs_dim, net.out_features, agent_id)
+    n_actions = net.out_features // 2 if action == "gaussian" else net.out_features
+    spec = PolicySpec("toy/matrix", "qmix", "k24", 1000, net.n_slots, obs_dim, n_actions, agent_id, action)
     return replace(spec, **changes)
 
 
@@ -123,6 +125,15 @@ def test_round_trip_of_any_net(tmp_path_factory, slots, inputs, hidden, outputs,
     assert policy.spec == spec_of(net, agent_id, steps=2**40)
 
 
+@pytest.mark.parametrize("action", KINDS)
+def test_round_trip_of_any_kind_of_action(tmp_path, action) -> None:
+    net = random_net(outputs=6)
+    save_policy(tmp_path / "p.safetensors", net, spec_of(net, action=action))
+    policy = load_policy(tmp_path / "p.safetensors", backend="reference")
+    assert same(policy.net, net) and policy.spec == spec_of(net, action=action)
+    assert policy.spec.action == action and policy.spec.n_outputs == 6 and policy.spec.n_actions == (3 if action == "gaussian" else 6)
+
+
 def test_other_programs_can_open_it(saved) -> None:
     path, net = saved
     with safetensors.safe_open(path, "pt") as file:
@@ -154,6 +165,10 @@ def test_views_and_gradients_are_written_as_values(tmp_path) -> None:
     [
         (lambda net, spec: (net, replace(spec, obs_dim=8)), "takes 7 inputs and gives 5 outputs, where the policy's spec has 8"),
         (lambda net, spec: (net, replace(spec, n_actions=4)), "and 4 actions"),
+        (
+            lambda net, spec: (net, replace(spec, n_actions=5, action="gaussian")),
+            "gives 5 outputs, where the policy's spec has 7 (obs_dim 7) and 5 actions, which take 10 outputs where action is gaussian",
+        ),
         (lambda net, spec: (net, replace(spec, agent_id=True)), "has 10 (obs_dim 7 and 3 agents)"),
         (lambda net, spec: (net, replace(spec, agent_id=True, n_agents=2)), "got 2 agents and 3 slots"),
         (lambda net, spec: (net.map(lambda x: replace(x, weight=x.weight.double())), spec), "weights of torch.float64"),
@@ -192,7 +207,7 @@ def _deep(net: Net) -> Net:
     [
         {"task": ""}, {"task": "two\nlines"}, {"task": "\ud800"}, {"algo": 3}, {"sharing": "x" * 201}, {"steps": -1}, {"steps": 1.0},
         {"n_agents": 0}, {"n_agents": 4097}, {"n_agents": True}, {"obs_dim": 2**63},
-        {"n_actions": "5"}, {"agent_id": 1}, {"action": "continuous"},
+        {"n_actions": "5"}, {"agent_id": 1}, {"action": "continuous"}, {"action": None}, {"action": ["gaussian"]},
     ],
 )  # fmt: skip
 def test_a_spec_that_makes_no_sense_is_refused(changes) -> None:
@@ -254,6 +269,102 @@ def test_acting_equals_the_reference_over_steps(tmp_path, gru, agent_id, backend
         torch.testing.assert_close(state, h.float(), atol=1e-5, rtol=1e-5)
         assert actions.dtype == torch.int64 and torch.equal(actions, found.argmax(-1))
     assert policy.q_values(obs, state)[0].shape == (3, 4, 5)
+
+
+@pytest.mark.parametrize("backend", ["auto", *kernels.BACKENDS])
+@pytest.mark.parametrize("action", ["categorical", "gaussian", "deterministic"])
+@pytest.mark.parametrize("gru", [True, False])
+def test_every_kind_of_policy_acts_by_its_mode(gru, action, backend) -> None:
+    net = random_net(outputs=4, gru=gru)
+    if backend != "auto" and (reason := kernels.BACKENDS[backend].unavailable(net)) is not None:
+        pytest.skip(reason)
+    policy, continuous = Policy(net, spec_of(net, action=action), backend, 1), KINDS[action].continuous
+    state, h = None, None
+    for _ in range(3):
+        obs = torch.randn(3, 5, 7)
+        values, h = own_reference(net, obs, h)
+        found, _ = policy.outputs(obs, state)
+        torch.testing.assert_close(found, values.float(), atol=1e-5, rtol=1e-5)
+        seen = state
+        actions, state = policy.act(obs, seen)
+        assert torch.equal(actions, KINDS[action].mode(found)) and state.shape == (3, 5, 6 if gru else 0)
+        assert actions.shape == ((3, 5, policy.spec.n_actions) if continuous else (3, 5))
+        assert actions.dtype == (torch.float32 if continuous else torch.int64)
+        one, after = policy.act(obs[:, 0], None if seen is None else seen[:, 0])
+        torch.testing.assert_close(one, actions[:, 0])
+        assert after.shape == (3, 6 if gru else 0)
+    arrays, _ = policy.act(obs.numpy(), seen)
+    assert isinstance(arrays, np.ndarray) and arrays.dtype == (np.float32 if continuous else np.int64)
+    np.testing.assert_array_equal(arrays, actions.numpy())
+
+
+def test_continuous_actions_are_float32_whatever_the_weights() -> None:
+    net = random_net(outputs=4, dtype=torch.bfloat16)
+    obs = torch.randn(3, 50, 7).bfloat16()
+    for action in ("gaussian", "deterministic"):
+        policy = Policy(net, spec_of(net, action=action), "dense")
+        outputs, _ = policy.outputs(obs)
+        actions, _ = policy.act(obs)
+        assert outputs.dtype == torch.bfloat16 and actions.dtype == torch.float32 and float(actions.abs().max()) <= 1
+        assert torch.equal(actions, KINDS[action].mode(outputs.float()))
+    drawn, _ = Policy(net, spec_of(net, action="gaussian"), "dense").act(obs * 1e6, sample=True)
+    assert drawn.dtype == torch.float32 and float(drawn.abs().max()) < 1
+
+
+@pytest.mark.parametrize("action", ["categorical", "gaussian"])
+def test_sampled_actions_are_the_distributions(action) -> None:
+    net = random_net(outputs=4)
+    kind, policy = KINDS[action], Policy(net, spec_of(net, action=action), "dense")
+    assert isinstance(kind, StochasticKind)
+    obs, state = torch.randn(3, 200, 7), torch.randn(3, 200, 6)
+    outputs, expected_state = policy.outputs(obs, state)
+    generator = torch.Generator().manual_seed(3)
+    first, after = policy.act(obs, state, sample=True, generator=generator)
+    second, _ = policy.act(obs, state, sample=True, generator=generator)
+    again = torch.Generator().manual_seed(3)
+    assert torch.equal(first, kind.sample(outputs, None, again)) and torch.equal(second, kind.sample(outputs, None, again))
+    assert not torch.equal(first, second) and torch.equal(after, expected_state)
+    mode, _ = policy.act(obs, state, generator=generator)
+    assert torch.equal(mode, kind.mode(outputs)) and not torch.equal(mode, first)
+    arrays, _ = policy.act(obs.numpy(), state, sample=True, generator=torch.Generator().manual_seed(3))
+    np.testing.assert_array_equal(arrays, first.numpy())
+    torch.manual_seed(4)
+    own, _ = policy.act(obs, state, sample=True)
+    torch.manual_seed(4)
+    assert torch.equal(own, policy.act(obs, state, sample=True)[0]), "without a generator, torch's own"
+
+
+def test_sampled_actions_are_available() -> None:
+    net = random_net()
+    policy = Policy(net, spec_of(net, action="categorical"), "dense")
+    obs, avail = torch.randn(3, 500, 7), torch.rand(3, 500, 5) < 0.4
+    generator = torch.Generator().manual_seed(0)
+    actions, _ = policy.act(obs, avail=avail, sample=True, generator=generator)
+    some = avail.any(-1)
+    assert bool((avail.gather(2, actions[..., None])[..., 0] | (~some & (actions == 0))).all()) and bool((~some).any())
+    expected = KINDS["categorical"].sample(policy.outputs(obs)[0], avail, torch.Generator().manual_seed(0))
+    assert torch.equal(actions, expected)
+
+
+@pytest.mark.parametrize("action", ["categorical", "gaussian"])
+@pytest.mark.parametrize("slots", [(0, 3), "given", "agent"])
+@pytest.mark.parametrize("gru", [True, False])
+def test_rows_that_choose_their_slot_in_every_kind(gru, slots, action) -> None:
+    """A state without units goes round like any other, and rows of no slot have outputs of zero."""
+    net = random_net(slots=3, inputs=7 + 4, outputs=4, gru=gru) if slots != "agent" else random_net(slots=3, outputs=4, gru=gru)
+    n_agents = 3 if slots == "agent" else 4
+    policy = Policy(net, spec_of(net, action=action, n_agents=n_agents, obs_dim=7, agent_id=slots != "agent", slots=slots), "dense")
+    types = torch.randint(-1, 3, (n_agents, 6))
+    obs = torch.randn(n_agents, 6, 7)
+    obs[..., :3] = torch.nn.functional.one_hot(types.clamp_min(0), 3) * (types >= 0)[..., None]
+    told = None if isinstance(slots, tuple) else types
+    state = None
+    for _ in range(2):
+        outputs, _ = policy.outputs(obs, state, told)
+        actions, state = policy.act(obs, state, slots=told)
+        assert outputs.shape == (n_agents, 6, 4) and torch.equal(actions, KINDS[action].mode(outputs))
+        assert state.shape == (n_agents, 6, 6 if gru else 0)
+        assert not outputs[types < 0].any() and bool(outputs[types >= 0].any())
 
 
 def test_without_an_environment_dimension(saved) -> None:
@@ -384,6 +495,33 @@ def test_what_does_not_fit_is_named(tmp_path, call, message, agent_id) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("action", "call", "message"),
+    [
+        (
+            "discrete",
+            lambda p: p.act(torch.zeros(3, 7), sample=True),
+            "a discrete policy has no distribution to sample from, only categorical, gaussian ones have: leave sample out",
+        ),
+        ("deterministic", lambda p: p.act(torch.zeros(3, 7), sample=True), "a deterministic policy has no distribution"),
+        (
+            "deterministic",
+            lambda p: p.act(torch.zeros(3, 7), avail=torch.ones(3, 4)),
+            "avail is for discrete actions, and those of this policy are deterministic: leave avail out",
+        ),
+        ("gaussian", lambda p: p.act(torch.zeros(3, 7), avail=torch.ones(3, 4), sample=True), "those of this policy are gaussian"),
+        ("categorical", lambda p: p.act(torch.zeros(3, 7), avail=torch.ones(3, 5)), "avail must be [3, 4], got [3, 5]"),
+        ("categorical", lambda p: p.q_values(torch.zeros(3, 7)), "outputs mean categorical actions and are no action values: use outputs"),
+        ("gaussian", lambda p: p.q_values(torch.zeros(3, 7)), "use outputs"),
+    ],
+)
+def test_what_a_kind_of_policy_cannot_do_is_named(action, call, message) -> None:
+    net = random_net(outputs=4)
+    with pytest.raises(UsageError) as caught:
+        call(Policy(net, spec_of(net, action=action), "dense"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 # --- devices, backends, memory -----------------------------------------------------------------------------------------------------
 
 
@@ -480,7 +618,7 @@ import k24
 policy = k24.load_policy({str(saved[0])!r}, backend="dense")
 actions, state = policy.act(torch.zeros(3, 2, 7))
 new = {{name for name in set(sys.modules) - before if name.partition(".")[0] not in sys.stdlib_module_names}}
-allowed = ("k24.sparse", "k24.kernels", "k24.errors", "k24.files", "k24.strict", "k24.artifact", "k24.policy")
+allowed = ("k24.sparse", "k24.kernels", "k24.errors", "k24.files", "k24.strict", "k24.actions", "k24.artifact", "k24.policy")
 strange = sorted(name for name in new if name != "k24" and not name.startswith(allowed))
 assert not strange, strange
 assert not torch.cuda.is_initialized()
@@ -504,6 +642,21 @@ def test_on_a_gpu(tmp_path, dtype) -> None:
     assert isinstance(actions, np.ndarray) and state.is_cuda
     assert policy.act(obs.cuda()[:, 0], state[:, 0])[0].is_cuda
     assert policy.act(torch.zeros(4, 7), slots=np.array([0, 2, -1, 1]))[0].shape == (4,)
+
+
+@pytest.mark.gpu
+def test_every_kind_of_policy_on_a_gpu() -> None:
+    net = random_net(outputs=4).to("cuda")
+    obs = torch.randn(3, 40, 7, device="cuda")
+    for action, kind in KINDS.items():
+        policy = Policy(net, spec_of(net, action=action), "dense")
+        outputs, _ = policy.outputs(obs)
+        assert torch.equal(policy.act(obs)[0], kind.mode(outputs))
+        if isinstance(kind, StochasticKind):
+            one, two = (policy.act(obs, sample=True, generator=torch.Generator("cuda").manual_seed(1))[0] for _ in range(2))
+            assert one.is_cuda and torch.equal(one, two)
+            with pytest.raises(UsageError, match="the generator is on cpu and the policy on cuda:0: make it there"):
+                policy.act(obs, sample=True, generator=torch.Generator())
 
 
 def test_a_policy_goes_to_other_processes(saved, tmp_path) -> None:

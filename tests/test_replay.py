@@ -13,7 +13,8 @@ from torch import Tensor
 
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.errors import RunError
-from k24.learners import EpisodeReplay, Episodes, RandomActor, ValueActor, collect_episodes
+from k24.learners import EpisodeReplay, Episodes, NetActor, RandomActor, collect_episodes
+from k24.learners.rollout import epsilon_greedy
 from k24.learners.replay import EPISODE_AXIS
 from k24.nets import AgentNet
 from k24.sharing import make_sharing
@@ -205,7 +206,7 @@ def test_the_actor_is_greedy_among_what_it_may_do_and_remembers() -> None:
     net = AgentNet(2, 3, 8, 2, make_sharing("nops", 2))
     weights = net.snapshot("act")
     env = Clock(4)
-    batch = collect_episodes(env, ValueActor(net, weights), seed=0)
+    batch = collect_episodes(env, NetActor(net, weights), seed=0)
     with torch.no_grad():
         q, _ = net(weights, batch.obs[:, :-1], net.initial_state(4))
     q[..., 1] = -torch.inf
@@ -215,12 +216,12 @@ def test_the_actor_is_greedy_among_what_it_may_do_and_remembers() -> None:
 @pytest.mark.parametrize(("epsilon", "share"), [(0.0, 0.0), (0.5, 0.25), (1.0, 0.5)])
 def test_exploration_is_uniform_over_what_is_available(epsilon: float, share: float) -> None:
     net = AgentNet(2, 3, 8, 2, make_sharing("fups", 2))
-    actor = ValueActor(net, net.snapshot("act"), epsilon, torch.Generator().manual_seed(0))
+    actor = NetActor(net, net.snapshot("act"), epsilon_greedy(epsilon, torch.Generator().manual_seed(0)))
     actor.reset(4000)
     seen = Observation(torch.ones(2, 4000, 2), torch.zeros(4000, 1), torch.tensor([True, False, True]).expand(2, 4000, 3))
     actions = actor(seen)
     assert (actions != 1).all()
-    greedy = ValueActor(net, net.snapshot("act"))
+    greedy = NetActor(net, net.snapshot("act"))
     greedy.reset(4000)
     # Of the random actions, half are the greedy one anyway.
     assert float((actions != greedy(seen)).float().mean()) == pytest.approx(share, abs=0.03)

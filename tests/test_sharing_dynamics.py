@@ -266,14 +266,14 @@ def test_a_learner_follows_the_freeze(forward: str) -> None:
     batch = some_episodes(spec, 4)
     at_start = [w.weight for w in learner.net.snapshot("deploy")]
     learner.update(batch, 0.79, 79_000)
-    held = {id(p) for group in learner.optimiser.param_groups for p in group["params"]}
+    held = {id(p) for group in learner.policy.optimiser.param_groups for p in group["params"]}
     assert {id(a) for a in alphas} <= held
     learner.update(batch, 0.8, 80_000)
-    held = {id(p) for group in learner.optimiser.param_groups for p in group["params"]}
+    held = {id(p) for group in learner.policy.optimiser.param_groups for p in group["params"]}
     assert not {id(a) for a in alphas} & held
-    assert not any(a in learner.optimiser.state for a in alphas)
+    assert not any(a in learner.policy.optimiser.state for a in alphas)
     deployed = learner.net.snapshot("deploy")
-    for (weight, bias), now, start in zip(learner.state_dict()["target"], deployed, at_start, strict=True):
+    for (weight, bias), now, start in zip(learner.state_dict()["target"]["weights"], deployed, at_start, strict=True):
         assert torch.equal(weight, now.weight), "the target network is what will be deployed"
         assert torch.equal(bias, now.bias)
         assert not torch.equal(weight, start)

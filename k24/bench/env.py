@@ -24,7 +24,7 @@ from k24.config import TrainConfig
 from k24.envs import TeamEnv
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner
-from k24.learners import RandomActor, ValueActor, ValueConfig
+from k24.learners import NetActor, RandomActor, ValueConfig
 
 # Steps of the whole batch in one sample.
 _SAMPLE_SECONDS = 0.25
@@ -87,7 +87,7 @@ def bench_env(options: BenchEnv) -> dict[str, Any]:
         if env.spec.continuous:
             actor: Any = _RandomVectors(env)
         else:
-            actor = build_learner(config, env.spec).actor("act", epsilon=0.05)
+            actor = build_learner(config, env.spec).actor("act")
         functions = {
             "acting": _player(env, actor),
             "random": _player(
@@ -130,7 +130,7 @@ class _RandomVectors:
         return torch.rand(self._shape, generator=self._random) * 2 - 1
 
 
-def _player(env: TeamEnv, actor: ValueActor | RandomActor | _RandomVectors) -> Callable[[], None]:
+def _player(env: TeamEnv, actor: NetActor | RandomActor | _RandomVectors) -> Callable[[], None]:
     """One step of the whole batch per call."""
     seen = env.reset(0)
     actor.reset(env.n_envs)

@@ -57,6 +57,17 @@ def _one_line(message: str, command: str) -> str:
     return f"{first.rstrip('.')}{'' if first.endswith('?') else ';'} 'k24 {command} --help' lists the options"
 
 
+def peek(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of ``--flag VALUE`` or ``--flag=VALUE``, which stays; of several the last, which is the one that counts."""
+    found = None
+    for item, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if item == flag:
+            found = following
+        elif item.startswith(flag + "="):
+            found = item[len(flag) + 1 :]
+    return found
+
+
 def take(arguments: list[str], flag: str) -> str | None:
     """Removes ``--flag VALUE`` or ``--flag=VALUE`` and returns the value."""
     for k, item in enumerate(arguments):

@@ -41,6 +41,8 @@ class EvalOptions:
     """Save one episode as a moving picture."""
     task: str | None = None
     """Of a policy file, what to play; the task it was trained on when left out."""
+    sample: bool = False
+    """Draw actions from a policy that is a distribution (IPPO, MAPPO) instead of taking its likeliest ones."""
     random: bool = False
     """Play at random instead, for comparison."""
     device: str = "auto"
@@ -60,17 +62,19 @@ def eval_command(arguments: list[str]) -> None:
         raise UsageError(f"episodes (={options.episodes}) must be at least 1")
     if not 0 <= options.seed < 2**20:
         raise UsageError(f"seed (={options.seed}) must lie in 0 … {2**20 - 1}")
+    if options.sample and options.random:
+        raise UsageError("--sample and --random exclude each other: give one of them")
     device = resolve_device(options.device)
     if is_policy_file(options.run):
         if options.masks != "argmax":
             raise UsageError(f"--masks {options.masks} needs a run: a policy file holds its most likely masks alone")
-        player = open_policy(options.run, device, options.backend, options.env_args, options.random, options.task)
+        player = open_policy(options.run, device, options.backend, options.env_args, options.random, options.task, options.sample)
     else:
         if options.backend != "auto" or options.env_args or options.task is not None:
             given = "--env-args" if options.env_args else "--task" if options.task is not None else f"--backend {options.backend}"
             raise UsageError(f"{given} needs a policy file: {options.run} is a run, export it with 'k24 export' first")
         phase: Any = {"argmax": "deploy", "sampled": "sampled", "expected": "act"}[options.masks]
-        player = open_run(options.run, device, phase, options.random)
+        player = open_run(options.run, device, phase, options.random, options.sample)
     env = player.make_env(min(options.episodes, 64))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -85,7 +89,11 @@ def eval_command(arguments: list[str]) -> None:
     if "win_rate" in found:
         low, high = found["win_rate_ci95"]
         print(f"won {found['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})")
-    print(json.dumps({**found, "masks": options.masks, "steps": player.steps, "task": player.task, "policy": player.name}))
+    print(
+        json.dumps(
+            {**found, "masks": options.masks, "sample": options.sample, "steps": player.steps, "task": player.task, "policy": player.name}
+        )
+    )
 
 
 # export -----------------------------------------------------------------------------------------------------------------------------------

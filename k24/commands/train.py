@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from k24.commands.options import parse, take
+from k24.commands.options import parse, peek, take
 from k24.errors import UsageError
 
 
@@ -41,7 +42,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 
 def train_command(arguments: list[str]) -> None:
     """Reads the options and trains."""
-    from k24.config import PRESETS, TrainConfig, load_config, preset
+    from k24.config import PRESETS, TrainConfig, for_algo, load_config, preset
 
     given = list(arguments)
     out, config_file, preset_name = take(given, "--out"), take(given, "--config"), take(given, "--preset")
@@ -58,12 +59,31 @@ def train_command(arguments: list[str]) -> None:
         base = load_config(Path(out) / "config.yaml")
     if given and not given[0].startswith("-"):
         given[:1] = ["--task", given[0]]
+    start = for_algo(base, peek(given, "--algo") or base.algo)
+    _refuse_options_of_others(start, given)
     text = (
         "Train a team. TASK comes first, as suite/name. Also: --out DIR (run folder), --resume (go on with the run there), "
-        f"--config FILE (repeat a run), --preset NAME ({', '.join(PRESETS)}), --quiet (no progress bar)."
+        f"--config FILE (repeat a run), --preset NAME ({', '.join(PRESETS)}), --quiet (no progress bar). "
+        f"Each --algo has options of its own: these are those of {start.algo}."
     )
-    config = parse(TrainConfig, given, "train", base, text)
+    config = parse(TrainConfig, given, "train", start, text)
+    source = config_file or preset_name
+    if source is not None and type(config.learner) is not type(base.learner):
+        print(f"the learner's settings in {source} are those of {base.algo}: {config.algo} starts from its own defaults")
     run_training(config, Path(out) if out is not None else None, resume, quiet)
+
+
+def _refuse_options_of_others(config: Any, given: list[str]) -> None:
+    """Says which algorithms know an option that the chosen one lacks; any other that is not known is left to the parser."""
+    from k24.learners import LEARNERS
+
+    fields = {algo: {f.name for f in dataclasses.fields(learner.settings)} for algo, learner in LEARNERS.items()}
+    for item in given:
+        flag = item.partition("=")[0]
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        having = [algo for algo in LEARNERS if name in fields[algo]]
+        if flag.startswith("--") and having and config.algo not in having:
+            raise UsageError(f"{flag} is no option of {config.algo}, but of {', '.join(having)}: leave it out, or change --algo")
 
 
 def run_training(config: Any, folder: Path | None, resume: bool = False, quiet: bool = False) -> Any:

@@ -9,6 +9,7 @@ stated as ``optimal_return`` (the sum over agents and steps), and a run takes se
 | ``toy/specialisation`` | agents that differ | 1/n if deterministic; at most 0.75 for two agents that toss coins |
 | ``toy/memory`` | recurrence | one right answer in ``n_cues``, by luck |
 | ``toy/units`` | units that act by their type | one right order in ``n_types``, by luck |
+| ``toy/reach`` | continuous actions over several steps, by agents that differ | at most 0 |
 
 Every game here ends of itself, so ``truncated`` is always false.
 """
@@ -196,13 +197,79 @@ class UnitGame(TeamEnv):
         return Observation(obs, obs.transpose(0, 1).flatten(1), avail, self._alive.clone())
 
 
-_GAMES = {"toy/matrix": MatrixGame, "toy/specialisation": Specialisation, "toy/memory": MemoryGame, "toy/units": UnitGame}
+class ReachGame(TeamEnv):
+    """Agents that all see the same must go to different places, which nobody sees, by continuous actions.
+
+    Each starts at 0 and moves by ``1.2/max_steps`` times its action, within [-1, 1]. The goals are spread evenly from -0.8 to 0.8, the
+    first agent's being the lowest; in every second dimension they are mirrored. The outer ones take more than one step to reach, and only
+    the last step pays: agent i gets ``(1 - d_i²/V)/n_agents`` for its distance ``d_i`` to its goal, where V is the mean square of the
+    goals; with several dimensions both squares are means over them. An observation is the agent's own place, then the share of the
+    episode that has passed.
+
+    Agents that share a policy and are not told who they are end up at places of one distribution, with mean m and variance v, so the mean
+    of ``d_i²`` is ``v + m² + V``. They earn 0 at best, by staying where they are, whether they are deterministic or not.
+
+    Attributes:
+        optimal_return: 1, when every agent reaches its goal.
+        goals: float32 ``[A, 1, U]``.
+    """
+
+    optimal_return = 1.0
+
+    def __init__(self, n_envs: int, device: str | torch.device = "cpu", n_agents: int = 2, max_steps: int = 3, n_dims: int = 1) -> None:
+        for name, value, least in (("n_agents", n_agents, 2), ("max_steps", max_steps, 2), ("n_dims", n_dims, 1)):
+            if value < least:
+                raise UsageError(f"toy/reach: {name} must be at least {least}, got {value}")
+        self.n_envs = n_envs
+        self.device = torch.device(device)
+        obs_dim = n_dims + 1
+        self.spec = EnvSpec(n_agents, obs_dim, n_agents * obs_dim, n_dims, max_steps, continuous=True)
+        mirrored = 1 - 2 * (torch.arange(n_dims, device=self.device) % 2)
+        self.goals = torch.linspace(-0.8, 0.8, n_agents, device=self.device)[:, None, None] * mirrored
+
+    def reset(self, seed: int) -> Observation:
+        """See ``TeamEnv.reset``; there is nothing random to seed."""
+        return self._begin()
+
+    def step(self, actions: Tensor) -> Step:
+        """See ``TeamEnv.step``."""
+        require_actions(self, actions)
+        self._clock += 1
+        self._place = (self._place + 1.2 / self.spec.episode_limit * actions).clamp(-1, 1)
+        last = self._clock == self.spec.episode_limit
+        after = self._observe()
+        error = (self._place - self.goals).square().mean(-1) / self.goals.square().mean()
+        reward = (1 - error) / self.spec.n_agents if last else torch.zeros_like(error)
+        ended = torch.full((self.n_envs,), last, device=self.device)
+        # All environments keep the same time, so they begin anew together.
+        return Step(after, self._begin() if last else after, reward, ended, torch.zeros_like(ended))
+
+    def _begin(self) -> Observation:
+        """Puts everyone back to the middle."""
+        self._clock = 0
+        self._place = torch.zeros(self.spec.n_agents, self.n_envs, self.spec.n_actions, device=self.device)
+        return self._observe()
+
+    def _observe(self) -> Observation:
+        """Places and clock."""
+        passed = torch.full_like(self._place[..., :1], self._clock / self.spec.episode_limit)
+        return _with_state(torch.cat([self._place, passed], dim=-1))
+
+
+_GAMES = {
+    "toy/matrix": MatrixGame,
+    "toy/specialisation": Specialisation,
+    "toy/memory": MemoryGame,
+    "toy/units": UnitGame,
+    "toy/reach": ReachGame,
+}
 
 TASKS = {
     "toy/matrix": "two agents, one table, one best pair of actions",
     "toy/specialisation": "agents that see the same must act differently",
     "toy/memory": "a cue at the first step is asked for at the last",
     "toy/units": "units must act by their type, which changes from episode to episode; some die",
+    "toy/reach": "agents that see the same must go to different places, by continuous actions",
 }
 
 

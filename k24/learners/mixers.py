@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,10 +52,3 @@ def make_mixer(algo: str, n_agents: int, state_dim: int, embed: int, hypernet_hi
     if algo == "qmix":
         return QMixer(n_agents, state_dim, embed, hypernet_hidden)
     return SumMixer() if algo == "vdn" else None
-
-
-@torch.no_grad()
-def track(target: list[Tensor], source: list[Tensor], rate: float) -> None:
-    """Moves target tensors towards the sources: all the way at rate 1, otherwise ``target += rate · (source - target)``."""
-    for t, s in zip(target, source, strict=True):
-        t.copy_(s) if rate >= 1 else t.lerp_(s, rate)

@@ -7,12 +7,13 @@ gather per field and needs no transposition.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from k24.envs.base import EnvSpec
+from k24.learners.targets import n_step_transitions
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Episodes:
         obs: ``[A, T+1, B, D]``.
         state: ``[T+1, B, S]``.
         avail: bool ``[A, T+1, B, U]``, or None where every action always is.
-        actions: int64 ``[A, T, B]``.
+        actions: int64 ``[A, T, B]``, or float32 ``[A, T, B, U]`` where they are continuous.
         reward: ``[A, T, B]``.
         terminated: bool ``[T, B]``.
         valid: bool ``[T, B]``, steps that were played; True up to an episode's last step.
@@ -55,15 +56,24 @@ class Episodes:
         """Undiscounted return of each episode, summed over agents and steps, ``[B]``."""
         return (self.reward.sum(0) * self.valid).sum(0)
 
+    def part(self, index: Tensor) -> Episodes:
+        """Some of the episodes.
+
+        Args:
+            index: int64, their numbers.
+        """
+        chosen: Any = {name: getattr(self, name) for name in EPISODE_AXIS}
+        return Episodes(**{k: None if v is None else v.index_select(EPISODE_AXIS[k], index) for k, v in chosen.items()})
+
     @classmethod
     def empty(cls, spec: EnvSpec, count: int, device: torch.device, avail: bool, alive: bool = False, won: bool = False) -> Episodes:
         """Room for ``count`` episodes of an environment, filled with zeros; says which of the optional fields there are."""
-        a, t = spec.n_agents, spec.episode_limit
+        a, t, actions = spec.n_agents, spec.episode_limit, torch.float32 if spec.continuous else torch.int64
         return cls(
             obs=torch.zeros(a, t + 1, count, spec.obs_dim, device=device),
             state=torch.zeros(t + 1, count, spec.state_dim, device=device),
             avail=torch.ones(a, t + 1, count, spec.n_actions, dtype=torch.bool, device=device) if avail else None,
-            actions=torch.zeros(a, t, count, dtype=torch.int64, device=device),
+            actions=torch.zeros(a, t, count, *([spec.n_actions] if spec.continuous else []), dtype=actions, device=device),
             reward=torch.zeros(a, t, count, device=device),
             terminated=torch.zeros(t, count, dtype=torch.bool, device=device),
             valid=torch.zeros(t, count, dtype=torch.bool, device=device),
@@ -75,6 +85,38 @@ class Episodes:
 # Where the episode axis is, field by field, and whether what it holds goes on one step past the last action. Time is the axis before it.
 EPISODE_AXIS = {"obs": 2, "state": 1, "avail": 2, "actions": 2, "reward": 2, "terminated": 1, "valid": 1, "alive": 2, "won": 0}
 _ONE_MORE = {"obs", "state", "avail", "alive"}
+
+
+def last_steps(valid: Tensor) -> Tensor:
+    """Each episode's last played step, bool ``[T, B]``."""
+    following = torch.cat([valid[1:], torch.zeros_like(valid[:1])])
+    return valid & ~following
+
+
+class Transitions(NamedTuple):
+    """Single moments of episodes, and what came of each some steps later.
+
+    Attributes:
+        obs: ``[A, N, D]``.
+        state: ``[N, S]``.
+        actions: int64 ``[A, N]``, or float32 ``[A, N, U]``.
+        returns: The team's discounted rewards up to the later moment, ``[N]``.
+        discount: Of the value of the later moment, ``[N]``; 0 where the task ended.
+        next_obs: ``[A, N, D]``.
+        next_state: ``[N, S]``.
+        alive: bool ``[A, N]``, or None for all.
+        next_alive: Likewise.
+    """
+
+    obs: Tensor
+    state: Tensor
+    actions: Tensor
+    returns: Tensor
+    discount: Tensor
+    next_obs: Tensor
+    next_state: Tensor
+    alive: Tensor | None = None
+    next_alive: Tensor | None = None
 
 
 class EpisodeReplay:
@@ -91,6 +133,7 @@ class EpisodeReplay:
         self.size = 0
         self._next = 0
         self._data: Episodes | None = None
+        self._played: Tensor | None = None
 
     def add(self, episodes: Episodes) -> None:
         """Takes a batch, over the oldest where full."""
@@ -103,6 +146,7 @@ class EpisodeReplay:
                 mine.index_copy_(axis, index, new.to(mine.dtype))
         self._next = (self._next + episodes.count) % self.capacity
         self.size = min(self.size + episodes.count, self.capacity)
+        self._played = None
 
     def sample(self, count: int, generator: torch.Generator) -> Episodes:
         """Draws episodes, cut to the longest of them.
@@ -124,6 +168,45 @@ class EpisodeReplay:
             chosen[name] = None if data is None else data.index_select(axis, index)
         return Episodes(**chosen)
 
+    def sample_transitions(self, count: int, n_step: int, gamma: float, generator: torch.Generator) -> Transitions:
+        """Draws steps, each as likely as any other, with replacement.
+
+        Args:
+            count: Transitions wanted (N).
+            n_step: Steps of reward that a transition holds, less at an episode's end.
+            gamma: Discount.
+            generator: Source of the random numbers.
+        """
+        assert self._data is not None
+        data, room = self._data, self._data.valid.shape[1]
+        if self._played is None:
+            # Step t of episode b is entry t·room + b, as it lies in memory.
+            self._played = data.valid.flatten().nonzero().squeeze(1)
+        start = self._played[torch.randint(len(self._played), (count,), generator=generator, device=generator.device).to(self.device)]
+        end = data.valid.numel()
+        steps = start + room * torch.arange(n_step, device=self.device)[:, None]
+        inside = steps < end
+        steps = steps.where(inside, start)
+        reward = sum(data.reward[agent].view(-1)[steps] for agent in range(self.spec.n_agents))
+        assert isinstance(reward, Tensor)
+        returns, discount, taken = n_step_transitions(reward, data.terminated.view(-1)[steps], data.valid.view(-1)[steps] & inside, gamma)
+        following = start + room * taken
+
+        def at(values: Tensor | None, index: Tensor, agents: bool = True) -> Any:
+            return None if values is None else values.flatten(int(agents), int(agents) + 1).index_select(int(agents), index)
+
+        return Transitions(
+            obs=at(data.obs, start),
+            state=at(data.state, start, False),
+            actions=at(data.actions, start),
+            returns=returns,
+            discount=discount,
+            next_obs=at(data.obs, following),
+            next_state=at(data.state, following, False),
+            alive=at(data.alive, start),
+            next_alive=at(data.alive, following),
+        )
+
     def _empty(self, avail: bool, alive: bool, won: bool) -> Episodes:
         return Episodes.empty(self.spec, self.capacity, self.device, avail, alive, won)
 
@@ -135,7 +218,7 @@ class EpisodeReplay:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self.size, self._next = int(state["size"]), int(state["next"])
+        self.size, self._next, self._played = int(state["size"]), int(state["next"]), None
         if not state["data"]:
             return
         self._data = self._empty(**{name: state["data"].get(name) is not None for name in ("avail", "alive", "won")})

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from k24.actions import KINDS, ActionKind, StochasticKind
 from k24.envs.base import Observation, Step, TeamEnv
 from k24.errors import LAST_GOOD, RAISED, RunError, describe
 from k24.learners.replay import Episodes
 from k24.nets import AgentNet
 from k24.sparse.slots import SlotRule, SlotWeights
 
+# What a net's outputs [A, E, K] are made into: actions, int64 [A, E] or float32 [A, E, U].
+Choice = Callable[[Tensor, Observation], Tensor]
 
-class ValueActor:
-    """Epsilon-greedy actions from action values.
+
+class NetActor:
+    """A net that acts and remembers its recurrent state.
 
     Args:
         net: The net to run.
         weights: Effective weights, made once.
-        epsilon: Chance of a random action instead, per agent and step.
-        generator: Source of the random numbers; needed if epsilon is above 0.
+        choose: From outputs ``[A, E, K]`` and what was observed to actions; the largest output of the available ones when None.
         rule: Which slot each row uses; the agent's index when None.
     """
 
-    def __init__(
-        self,
-        net: AgentNet,
-        weights: Sequence[SlotWeights],
-        epsilon: float = 0.0,
-        generator: torch.Generator | None = None,
-        rule: SlotRule | None = None,
-    ) -> None:
-        self._net, self._weights, self._epsilon, self._generator, self._rule = net, weights, epsilon, generator, rule
+    def __init__(self, net: AgentNet, weights: Sequence[SlotWeights], choose: Choice | None = None, rule: SlotRule | None = None) -> None:
+        self._net, self._weights, self._choose, self._rule = net, weights, choose or likeliest(KINDS["discrete"]), rule
         self._h: Tensor | None = None
 
     def reset(self, rows: int) -> None:
@@ -42,37 +38,65 @@ class ValueActor:
 
     @torch.no_grad()
     def __call__(self, observation: Observation) -> Tensor:
-        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
+        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``, or float32 ``[A, E, U]``."""
         assert self._h is not None
         obs, alive = observation.obs[:, None], observation.alive
         slots, alive = slots_of(self._rule, obs, None if alive is None else alive[:, None])
-        q, self._h = self._net(self._weights, obs, self._h, slots=slots, alive=alive)
-        q = q[:, 0]
-        if observation.avail is not None:
-            q = q.masked_fill(~observation.avail, -torch.inf)
-        actions = q.argmax(-1)
-        if self._epsilon > 0:
-            explore = torch.rand(actions.shape, generator=self._generator, device=q.device) < self._epsilon
-            actions = torch.where(explore, random_actions(observation, q.shape[-1], self._generator), actions)
-        return actions
+        outputs, self._h = self._net(self._weights, obs, self._h, slots=slots, alive=alive)
+        return self._choose(outputs[:, 0], observation)
+
+
+def likeliest(kind: ActionKind) -> Choice:
+    """The best or likeliest action."""
+    return lambda outputs, observation: kind.mode(outputs, observation.avail)
+
+
+def drawn(kind: StochasticKind, generator: torch.Generator) -> Choice:
+    """An action drawn from the policy."""
+    return lambda outputs, observation: kind.sample(outputs, observation.avail, generator)
+
+
+def epsilon_greedy(epsilon: float, generator: torch.Generator) -> Choice:
+    """The action of largest value, or with chance ``epsilon`` per agent and step any of the available ones."""
+
+    def choose(outputs: Tensor, observation: Observation) -> Tensor:
+        actions = KINDS["discrete"].mode(outputs, observation.avail)
+        explore = torch.rand(actions.shape, generator=generator, device=outputs.device) < epsilon
+        return torch.where(explore, random_actions(observation, outputs.shape[-1], generator), actions)
+
+    return choose
+
+
+def noisy(kind: ActionKind, std: float, generator: torch.Generator) -> Choice:
+    """The action with Gaussian noise on it, kept in [-1, 1]."""
+
+    def choose(outputs: Tensor, observation: Observation) -> Tensor:
+        actions = kind.mode(outputs)
+        return (actions + std * torch.empty_like(actions).normal_(generator=generator)).clamp_(-1, 1)
+
+    return choose
 
 
 class RandomActor:
-    """Uniform actions among those available.
+    """Uniform actions, of discrete ones among those available.
 
     Args:
         n_actions: U.
         generator: Source of the random numbers.
+        continuous: Whether actions are U numbers in [-1, 1].
     """
 
-    def __init__(self, n_actions: int, generator: torch.Generator) -> None:
-        self._n_actions, self._generator = n_actions, generator
+    def __init__(self, n_actions: int, generator: torch.Generator, continuous: bool = False) -> None:
+        self._n_actions, self._generator, self._continuous = n_actions, generator, continuous
 
     def reset(self, rows: int) -> None:
         """Nothing to forget."""
 
     def __call__(self, observation: Observation) -> Tensor:
-        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``."""
+        """Acts on ``[A, E, D]``; returns int64 ``[A, E]``, or float32 ``[A, E, U]``."""
+        if self._continuous:
+            shape, device = (*observation.obs.shape[:2], self._n_actions), observation.obs.device
+            return torch.rand(shape, generator=self._generator, device=device).mul_(2).sub_(1)
         return random_actions(observation, self._n_actions, self._generator)
 
 
@@ -112,7 +136,7 @@ def random_actions(observation: Observation, n_actions: int, generator: torch.Ge
     return torch.multinomial(weights, 1, generator=generator).view(shape)
 
 
-def collect_episodes(env: TeamEnv, actor: ValueActor | RandomActor, seed: int) -> Episodes:
+def collect_episodes(env: TeamEnv, actor: NetActor | RandomActor, seed: int) -> Episodes:
     """Plays one episode in every parallel environment.
 
     Every round starts from ``env.reset(seed)``. That makes a round a function of its seed and of the policy, and a

@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from k24.actions import ActionKind
+from k24.learners.replay import Episodes
+from k24.learners.rollout import slots_of
+from k24.nets import AgentNet
+from k24.sparse.slots import Phase, SlotRule
+
+# Observations that policies are compared on.
+POOL = 256
+
 
 class RunningMoments:
     """Mean and variance of all that was seen, batch by batch (Chan et al. 1979)."""
@@ -21,26 +30,76 @@ class RunningMoments:
         self.mean += delta * n / total
         self.count = total
 
+    def state_dict(self) -> dict:
+        """Everything in it."""
+        return {"count": self.count, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self.count, self.mean, self.square = (float(state[name]) for name in ("count", "mean", "square"))
+
     @property
     def std(self) -> float:
         """Standard deviation, at least 1e-4 so that a constant can be divided by it."""
         return max((self.square / self.count) ** 0.5, 1e-4) if self.count > 1 else 1.0
 
 
-def system_neural_diversity(policies: Tensor) -> float:
+def system_neural_diversity(kind: ActionKind, outputs: Tensor) -> float:
     """System Neural Diversity (Bettini et al. 2023, arXiv 2305.02128): mean distance of two agents' policies on the same observations.
 
-    For discrete actions the distance is the square root of the Jensen–Shannon divergence in base 2, a metric in [0, 1].
+    Args:
+        kind: Says what distance is: Jensen–Shannon of discrete policies, 2-Wasserstein of Gaussian ones.
+        outputs: ``[A, observations, K]``.
+    """
+    i, j = torch.triu_indices(len(outputs), len(outputs), 1)
+    return float(kind.distance(outputs[i], outputs[j]).mean())
+
+
+class PolicyPool:
+    """A few observations from the first episodes, on which policies are compared: with each other, and with what they were.
 
     Args:
-        policies: Action probabilities ``[A, observations, U]``.
+        kind: What the net's outputs mean.
+        net: Whose policies.
+        rule: Which slot each row uses.
     """
-    n = policies.shape[0]
-    i, j = torch.triu_indices(n, n, 1)
-    p, q = policies[i].double(), policies[j].double()
-    mean = (p + q) / 2
 
-    def entropy(x: Tensor) -> Tensor:
-        return -(x * x.clamp_min(1e-300).log2()).sum(-1)
+    def __init__(self, kind: ActionKind, net: AgentNet, rule: SlotRule) -> None:
+        self._kind, self._net, self._rule = kind, net, rule
+        self._obs: Tensor | None = None
+        self._before: Tensor | None = None
 
-    return float((entropy(mean) - (entropy(p) + entropy(q)) / 2).clamp_min(0).sqrt().mean())
+    def fill(self, episodes: Episodes) -> None:
+        """Takes observations of agents that are there, until it has some."""
+        if self._obs is not None:
+            return
+        slots, alive = slots_of(self._rule, episodes.obs, episodes.alive)
+        alive = alive if slots is None else slots >= 0
+        played = episodes.valid.expand(self._net.n_agents, -1, -1)
+        counted = played if alive is None else played & alive[:, :-1]
+        seen = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)][:POOL]
+        self._obs = seen.clone() if len(seen) else None
+
+    @torch.no_grad()
+    def _outputs(self, phase: Phase) -> Tensor | None:
+        """Each slot asked about every observation, ``[slots, pool, K]``."""
+        return None if self._obs is None else self._net.compare(self._net.snapshot(phase), self._obs)
+
+    def moved(self) -> float | None:
+        """Mean divergence of the policies from what they were at the call before; None at the first."""
+        now, before = self._outputs("act"), self._before
+        self._before = now
+        return None if now is None or before is None else float(self._kind.divergence(now, before).mean())
+
+    def metrics(self) -> dict[str, float]:
+        """``snd`` of the deployed masks, where several slots can differ."""
+        outputs = self._outputs("deploy") if self._net.n_slots > 1 else None
+        return {} if outputs is None else {"snd": system_neural_diversity(self._kind, outputs)}
+
+    def state_dict(self) -> dict:
+        """Everything in it."""
+        return {"obs": self._obs, "before": self._before}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self._obs, self._before = state["obs"], state["before"]

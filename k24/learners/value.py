@@ -10,27 +10,24 @@ where the task itself ended.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from k24.actions import KINDS
 from k24.envs.base import EnvSpec, TeamEnv
-from k24.errors import LAST_GOOD, RunError, UsageError
-from k24.learners.mixers import make_mixer, track
-from k24.learners.replay import EpisodeReplay, Episodes
-from k24.learners.rollout import RandomActor, ValueActor, collect_episodes, slots_of
-from k24.learners.statistics import RunningMoments, system_neural_diversity
+from k24.errors import UsageError
+from k24.learners.mixers import make_mixer
+from k24.learners.optimise import CriticSharing, Target, Trainee, rule_for
+from k24.learners.replay import EpisodeReplay, Episodes, last_steps
+from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, epsilon_greedy, slots_of
+from k24.learners.statistics import PolicyPool, RunningMoments
 from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
-from k24.nets import AgentNet, Weights, detach_weights
-from k24.sharing.base import Events, Sharing
-from k24.sparse.dynamics import clear_moments, drop_state
-from k24.sparse.slots import Phase, SlotRule, SlotWeights
-
-# Observations kept from the first episodes: on them policies are compared, with each other (SND) and with their past selves (KL).
-POOL = 256
+from k24.nets import AgentNet, Weights
+from k24.sharing.base import Sharing
+from k24.sparse.slots import Phase, SlotRule
 
 
 @dataclass(frozen=True)
@@ -103,6 +100,18 @@ class ValueConfig:
         if not self.grad_clip > 0:
             raise UsageError(f"grad_clip {self.grad_clip} must be positive")
 
+    def check(self, algo: str, envs: int) -> None:
+        """Refuses what does not fit the rest of a run.
+
+        Args:
+            algo: ``iql``, ``vdn`` or ``qmix``.
+            envs: Parallel environments, and so episodes of a round.
+        """
+        if envs > self.buffer_size:
+            raise UsageError(f"envs (={envs}) must not exceed buffer_size (={self.buffer_size}): a round adds that many episodes")
+        if self.individual_rewards and algo != "iql":
+            raise UsageError(f"individual_rewards needs algo iql, got algo {algo}: a mixer has one value for the team")
+
 
 class ValueLearner:
     """Q-learning for teams.
@@ -117,10 +126,14 @@ class ValueLearner:
         seed: Seed of initial weights and of all random numbers of the learner.
         device: Where it learns.
         rule: Which slot of the scheme each row uses; the agent's index when None.
+        critic_sharing: Not used: there is no critic.
 
     Raises:
         UsageError: Actions are continuous, or the rule has another number of slots than the scheme.
     """
+
+    settings: ClassVar[type] = ValueConfig
+    kind = "discrete"
 
     def __init__(
         self,
@@ -133,40 +146,31 @@ class ValueLearner:
         seed: int = 0,
         device: torch.device | str = "cpu",
         rule: SlotRule | None = None,
+        critic_sharing: CriticSharing | None = None,
     ) -> None:
         if spec.continuous:
             raise UsageError(f"{algo} chooses among discrete actions, and this task's are continuous: choose another task or learner")
-        self.rule = rule or SlotRule(spec.n_agents)
-        if self.rule.n_slots != sharing.n_slots:
-            raise UsageError(f"the slot rule has {self.rule.n_slots} slots and the sharing scheme {sharing.n_slots}: give both the same")
+        self.rule = rule_for(rule, spec, sharing)
         self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or ValueConfig()
-        self.device = torch.device(device)
+        c, self.device = self.config, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, sharing, agent_id).to(self.device)
-            mixer = make_mixer(algo, spec.n_agents, spec.state_dim, self.config.mixer_embed, self.config.hypernet_hidden)
+            mixer = make_mixer(algo, spec.n_agents, spec.state_dim, c.mixer_embed, c.hypernet_hidden)
         self.mixer = mixer.to(self.device) if mixer is not None else None
-        self._target: Weights = self.net.snapshot("act")
-        self._target_mixer = copy.deepcopy(self.mixer)
+        others = [] if self.mixer is None else [self.mixer]
+        self.policy = Trainee("loss_td", self.net, sharing, c.lr, c.grad_clip, (c.lr_decay_start, c.lr_final), others, c.optimiser)
+        self._target = Target(self.policy, self.mixer)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.replay = EpisodeReplay(spec, self.config.buffer_size, self.device)
+        self.replay = EpisodeReplay(spec, c.buffer_size, self.device)
         self._rewards = RunningMoments()
-        self.updates = 0
         self._owed = 0.0
-        self._acting: Weights | None = None
-        self._pool: Tensor | None = None
-        self._pool_policy: Tensor | None = None
-        self._logged: dict[str, float] = {}
-        apart = sharing.trained_apart()
-        ids = {id(p) for p, _ in apart}
-        own = [p for p in self.net.parameters() if id(p) not in ids and p.requires_grad]
-        groups: list[dict] = [{"params": own + (list(self.mixer.parameters()) if self.mixer is not None else []), "scale": 1.0}]
-        for scale in sorted({s for _, s in apart}):
-            groups.append({"params": [p for p, s in apart if s == scale], "scale": scale})
-        if self.config.optimiser == "adam":
-            self.optimiser: torch.optim.Optimizer = torch.optim.Adam(groups, lr=self.config.lr, fused=True)
-        else:
-            self.optimiser = torch.optim.RMSprop(groups, lr=self.config.lr, alpha=0.99, eps=1e-5)
+        self._pool = PolicyPool(KINDS[self.kind], self.net, self.rule)
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps taken."""
+        return self.policy.updates
 
     # Experience -------------------------------------------------------------------------------------------------------------------
 
@@ -180,27 +184,26 @@ class ValueLearner:
         """
         c = self.config
         epsilon = max(c.epsilon_finish, c.epsilon_start - (c.epsilon_start - c.epsilon_finish) * env_steps / c.epsilon_anneal)
-        episodes = collect_episodes(env, self.actor(epsilon=epsilon), seed)
+        episodes = collect_episodes(env, self._actor(self.policy.acting(), epsilon_greedy(epsilon, self.generator)), seed)
         self.replay.add(episodes)
         reward = self._team_reward(episodes)
         self._rewards.update(reward[_like(episodes.valid, reward)])
         self._owed += episodes.steps / c.env_steps_per_update
-        if self._pool is None:
-            slots, alive = slots_of(self.rule, episodes.obs, episodes.alive)
-            alive = alive if slots is None else slots >= 0
-            played = episodes.valid.expand(self.spec.n_agents, -1, -1)
-            counted = played if alive is None else played & alive[:, :-1]
-            seen = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)][:POOL]
-            self._pool = seen.clone() if len(seen) else None
+        self._pool.fill(episodes)
         return episodes
 
-    def actor(self, phase: Phase = "act", epsilon: float = 0.0) -> ValueActor:
-        """Who acts: greedy with the weights of ``phase``, random with chance ``epsilon``."""
-        if phase == "act":
-            if self._acting is None:
-                self._acting = self.net.snapshot("act")
-            return ValueActor(self.net, self._acting, epsilon, self.generator, self.rule)
-        return ValueActor(self.net, self.net.snapshot(phase), epsilon, self.generator, self.rule)
+    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
+        """Who acts, by the action of largest value with the weights of ``phase``.
+
+        Raises:
+            UsageError: Actions are to be drawn, and action values are no distribution.
+        """
+        if sample:
+            raise UsageError(f"{self.algo} learns action values, which are no distribution to draw from: leave sample out")
+        return self._actor(self.policy.acting() if phase == "act" else self.net.snapshot(phase))
+
+    def _actor(self, weights: Weights, choose: Choice | None = None) -> NetActor:
+        return NetActor(self.net, weights, choose, self.rule)
 
     def random_actor(self) -> RandomActor:
         """A policy that does not look."""
@@ -236,33 +239,14 @@ class ValueLearner:
         Raises:
             RunError: The loss is NaN or infinite; parameters are as they were.
         """
-        self._set_lr(progress)
-        self.sharing.resample(progress, self.generator)
-        weights = self.net.materialise("train")
+        weights = self.policy.begin(progress, self.generator)
         loss = self.td_loss(batch, weights, observe=True)
-        value = float(loss.detach())
-        if value != value or value in (float("inf"), float("-inf")):
-            raise RunError(
-                f"loss_td is {value} after {self.updates} updates: lower lr (={self.config.lr}) or grad_clip (={self.config.grad_clip}); "
-                f"{LAST_GOOD}"
-            )
-        if not loss.requires_grad:
-            raise RunError(f"no row of the batch has a slot after {self.updates} updates, so there is nothing to learn from: see slots")
-        aux = self.sharing.aux_loss(weights, loss.detach())
-        self.optimiser.zero_grad(set_to_none=True)
-        (loss if aux is None else loss + aux).backward()
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip, foreach=True)
-        if not bool(torch.isfinite(norm)):
-            raise RunError(
-                f"the gradient is {float(norm)} after {self.updates} updates, parameters are as they were: lower lr (={self.config.lr}) "
-                f"or div_coef; {LAST_GOOD}"
-            )
-        self.optimiser.step()
-        self.updates += 1
-        self._acting = None
-        self._follow(self.sharing.step(progress, env_steps, self._policy_kl(), self.generator))
-        self._logged = {"loss_td": value, "grad_norm": float(norm)}
+        self.policy.step(loss, weights)
+        c, whole = self.config, self.updates % self.config.target_update == 0
+        moved = self._pool.moved() if self.sharing.wants_policy_kl and whole else None
+        events = self.policy.settle(progress, env_steps, moved, self.generator)
+        if events.frozen or whole or c.target_tau > 0:
+            self._target.follow(c.target_tau if c.target_tau > 0 and not events.frozen else 1.0)
         return loss.detach()
 
     def td_loss(self, batch: Episodes, weights: Weights, observe: bool = False) -> Tensor:
@@ -284,15 +268,15 @@ class ValueLearner:
             slots = slots.where(seen, -1)  # what comes after an episode is another one, of other units
         q, _ = self.net(weights, batch.obs, h0, seen, observe, slots, alive)
         with torch.no_grad():
-            q_target, _ = self.net(self._target, batch.obs, h0, slots=slots, alive=alive)
+            q_target, _ = self.net(self._target.weights, batch.obs, h0, slots=slots, alive=alive)
             avail = None if batch.avail is None else batch.avail[:, 1:]
             v_tp1 = greedy_value((q if c.double_q else q_target)[:, 1:].detach(), q_target[:, 1:], avail)
-            v_tp1 = self._mix(self._target_mixer, v_tp1, batch.state[1:])
+            v_tp1 = self._mix(self._target.module, v_tp1, batch.state[1:])
             reward = (
                 (self._team_reward(batch) - self._rewards.mean) / self._rewards.std if c.standardise_rewards else self._team_reward(batch)
             )
             terminated = _like(batch.terminated, reward)
-            last = _like(_last_steps(batch.valid), reward)
+            last = _like(last_steps(batch.valid), reward)
             present = alive if slots is None else slots >= 0
             if self.mixer is None and present is not None:
                 # Without a mixer each agent has returns of its own, and they end with it.
@@ -324,103 +308,39 @@ class ValueLearner:
             return batch.reward.permute(1, 2, 0)
         return total[..., None].expand(-1, -1, self.spec.n_agents)
 
-    def _set_lr(self, progress: float) -> None:
-        c = self.config
-        fallen = max(0.0, progress - c.lr_decay_start) / (1 - c.lr_decay_start) if c.lr_decay_start < 1 else 0.0
-        factor = 1 + (c.lr_final - 1) * min(fallen, 1.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = c.lr * group["scale"] * factor
-
-    def _follow(self, events: Events) -> None:
-        clear_moments(self.optimiser, events.resets)
-        if events.retired:
-            drop_state(self.optimiser, events.retired)
-        soft = self.config.target_tau > 0
-        if events.frozen or soft or self.updates % self.config.target_update == 0:
-            rate = self.config.target_tau if soft and not events.frozen else 1.0
-            track(_tensors(self._target), _tensors(self.net.snapshot("act")), rate)
-            if self.mixer is not None and self._target_mixer is not None:
-                track(list(self._target_mixer.parameters()), list(self.mixer.parameters()), rate)
-
-    # What the policies are --------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _policies(self, phase: Phase) -> Tensor:
-        """Softmax of the action values on the pool, each slot asked about every observation: ``[slots, pool, U]``."""
-        assert self._pool is not None
-        q = self.net.compare(self.net.snapshot(phase), self._pool)
-        return q.softmax(-1)
-
-    def _policy_kl(self) -> float | None:
-        if not self.sharing.wants_policy_kl or self._pool is None or self.updates % self.config.target_update:
-            return None
-        now, before = self._policies("act"), self._pool_policy
-        self._pool_policy = now
-        if before is None:
-            return None
-        return float((now * (now.clamp_min(1e-8).log() - before.clamp_min(1e-8).log())).sum(-1).mean())
-
     def metrics(self) -> dict[str, float]:
         """What to log, under public names."""
-        metrics = self._logged | self.sharing.metrics() | {"updates": float(self.updates), "lr": self.optimiser.param_groups[0]["lr"]}
-        if self._pool is not None and self.net.n_slots > 1:
-            metrics["snd"] = system_neural_diversity(self._policies("deploy"))
-        return metrics
+        return self.policy.metrics() | self._pool.metrics()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything that is needed to go on bit for bit."""
         return {
-            "net": self.net.state_dict(),
-            "mixer": None if self.mixer is None else self.mixer.state_dict(),
-            "target": [(w.weight, w.bias) for w in self._target],
-            "target_mixer": None if self._target_mixer is None else self._target_mixer.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "sharing": self.sharing.state_dict(),
+            "policy": self.policy.state_dict(),
+            "target": self._target.state_dict(),
             "replay": self.replay.state_dict(),
             "generator": self.generator.get_state(),
-            "rewards": (self._rewards.count, self._rewards.mean, self._rewards.square),
-            "updates": self.updates,
+            "rewards": self._rewards.state_dict(),
             "owed": self._owed,
-            "pool": self._pool,
-            "pool_policy": self._pool_policy,
-            "logged": self._logged,
+            "pool": self._pool.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self.load_policy_state(state)
-        self._target = detach_weights([SlotWeights(w.to(self.device), b.to(self.device)) for w, b in state["target"]])
-        if self._target_mixer is not None:
-            self._target_mixer.load_state_dict(state["target_mixer"])
-        drop_state(self.optimiser, self.sharing.retired())
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.policy.load_state_dict(state["policy"])
+        self._target.load_state_dict(state["target"])
         self.replay.load_state_dict(state["replay"])
         self.generator.set_state(state["generator"].cpu())
-        self._rewards.count, self._rewards.mean, self._rewards.square = state["rewards"]
-        self.updates, self._owed = int(state["updates"]), float(state["owed"])
-        self._pool, self._pool_policy, self._logged = state["pool"], state["pool_policy"], dict(state["logged"])
+        self._rewards.load_state_dict(state["rewards"])
+        self._owed = float(state["owed"])
+        self._pool.load_state_dict(state["pool"])
 
     def load_policy_state(self, state: dict) -> None:
         """Takes the nets and the scheme alone: enough to act and to inspect."""
-        self.net.load_state_dict(state["net"])
-        if self.mixer is not None:
-            self.mixer.load_state_dict(state["mixer"])
-        self.sharing.load_state_dict(state["sharing"])
-        self._acting = None
-
-
-def _tensors(weights: Weights) -> list[Tensor]:
-    return [t for w in weights for t in (w.weight, w.bias)]
+        self.policy.load_policy_state(state["policy"])
 
 
 def _like(flags: Tensor, values: Tensor) -> Tensor:
     """``[T, B]`` flags in the shape of ``[T, B]`` or ``[T, B, A]`` values."""
     return flags.view(*flags.shape, *[1] * (values.dim() - flags.dim())).expand_as(values)
-
-
-def _last_steps(valid: Tensor) -> Tensor:
-    """Each episode's last played step, bool ``[T, B]``."""
-    following = torch.cat([valid[1:], torch.zeros_like(valid[:1])])
-    return valid & ~following

@@ -34,6 +34,8 @@ SCHEMES: dict[str, Callable[[int, SharingConfig], Sharing]] = {
     "fups_id": lambda n, c: Dense(n, agent_id=True),
     "nops": lambda n, c: Dense(n, own=True),
 }
+# Those whose slots have the same weights.
+_ONE_FOR_ALL = ("fups", "fups_id", "k24_shared")
 
 
 def make_sharing(name: str, n_slots: int, config: SharingConfig | None = None) -> Sharing:
@@ -52,6 +54,30 @@ def make_sharing(name: str, n_slots: int, config: SharingConfig | None = None) -
     return SCHEMES[name](n_slots, config or SharingConfig())
 
 
+def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemble: bool, config: SharingConfig | None = None) -> Sharing:
+    """Builds the scheme of a critic.
+
+    Its slots are agents where each agent has a critic of its own (IPPO), and critics where an ensemble of them judges the same joint
+    action (MATD3). One critic that serves all (MAPPO) has one slot: it is not deployed, so masks would make it worse and nothing cheaper.
+    ``auto`` follows the policy's scheme as far as that makes sense: agents are told apart by what they see, and critics of an ensemble
+    see the same, so that a scheme that has one set of weights for all slots would make them one critic. They are networks of their
+    own then.
+
+    Args:
+        policy: The policy's scheme, a key of :data:`SCHEMES`.
+        requested: A key of :data:`SCHEMES`, or ``auto``.
+        n_slots: Agents with a critic each, critics of an ensemble, or 1; as many as the scheme has of an ensemble when None.
+        ensemble: Whether slots are critics of an ensemble.
+        config: Settings.
+
+    Raises:
+        UsageError: There is no such scheme.
+    """
+    if requested == "auto":
+        requested = "fups" if n_slots == 1 else "nops" if ensemble and policy in _ONE_FOR_ALL else policy
+    return make_sharing(requested, make_sharing(requested, 1, config).critics if n_slots is None else n_slots, config)
+
+
 __all__ = [
     "SCHEMES",
     "Dense",
@@ -62,5 +88,6 @@ __all__ = [
     "Sharing",
     "SharingConfig",
     "SlotLayer",
+    "make_critic_sharing",
     "make_sharing",
 ]

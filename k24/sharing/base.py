@@ -63,11 +63,13 @@ class Sharing(ABC):
     Attributes:
         agent_id: Whether nets append the agent's one-hot index to its observation, unless told otherwise.
         wants_policy_kl: Whether ``step`` should be told how far the policy has moved.
+        critics: Critics of an ensemble whose slots they are, unless told otherwise.
         layers: The layers handed out so far, in order.
     """
 
     agent_id: bool = True
     wants_policy_kl: bool = False
+    critics: int = 5
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
@@ -111,6 +113,15 @@ class Sharing(ABC):
             generator: Source of the random numbers.
         """
         return Events()
+
+    def reset_slot(self, slot: int, generator: torch.Generator | None = None) -> list[Reset]:
+        """Draws anew what tells one slot from the others, and leaves what they share; what was reset, nothing by default.
+
+        Args:
+            slot: Which.
+            generator: Source of the random numbers.
+        """
+        return []
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that want a learning rate of their own, each with its factor on the learner's."""

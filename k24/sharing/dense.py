@@ -47,6 +47,8 @@ class Dense(Sharing):
         agent_id: Whether the agent's index is appended to its observation.
     """
 
+    critics = 2  # each costs a network of its own
+
     def __init__(self, n_slots: int, own: bool = False, agent_id: bool = False) -> None:
         super().__init__(n_slots)
         self.own, self.agent_id = own, agent_id

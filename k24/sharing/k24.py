@@ -17,7 +17,7 @@ from k24.errors import UsageError
 from k24.sharing.base import Events, Role, Sharing
 from k24.sharing.dense import DenseLinear
 from k24.sparse.diversity import AdaptiveCoefficient, DiversityLoss, diversity_loss
-from k24.sparse.dynamics import reset_layer
+from k24.sparse.dynamics import Reset, of_slot, reset_layer
 from k24.sparse.layers import MaskConfig, MaskedLinear
 from k24.sparse.metrics import mask_metrics
 from k24.sparse.patterns import PatternSet
@@ -155,6 +155,18 @@ class K24(Sharing):
             return Events()
         self._last_reset = self._steps
         return Events(resets=[reset for layer in self.masked for reset in reset_layer(layer, self.config.reset_ratio, generator)])
+
+    @torch.no_grad()
+    def reset_slot(self, slot: int, generator: torch.Generator | None = None) -> list[Reset]:
+        """Draws one slot's alphas anew, unless masks are frozen or all slots share one."""
+        if self._frozen or self.variant != "learned":
+            return []
+        resets = []
+        for layer in self.masked:
+            fresh = torch.empty_like(layer.alpha[slot]).normal_(generator=generator)
+            layer.alpha[slot] = fresh * layer.config.hetero_init_scale
+            resets.append(Reset(layer.alpha, of_slot(layer.alpha, slot)))
+        return resets
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
         """Every alpha that still learns."""

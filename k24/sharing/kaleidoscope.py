@@ -19,7 +19,7 @@ from k24.errors import UsageError
 from k24.sharing.base import Events, Role, Sharing, SlotLayer
 from k24.sharing.dense import DenseLinear
 from k24.sparse.diversity import AdaptiveCoefficient
-from k24.sparse.dynamics import Reset
+from k24.sparse.dynamics import Reset, of_slot
 from k24.sparse.metrics import mask_distance, off_diagonal
 from k24.sparse.slots import Phase, SlotWeights
 
@@ -154,6 +154,15 @@ class Kaleidoscope(Sharing):
         fresh = torch.empty_like(layer.weight).uniform_(-bound, bound, generator=generator)
         layer.weight.copy_(torch.where(chosen, fresh, layer.weight))
         return Reset(layer.weight, chosen)
+
+    @torch.no_grad()
+    def reset_slot(self, slot: int, generator: torch.Generator | None = None) -> list[Reset]:
+        """Draws one slot's thresholds anew."""
+        resets = []
+        for layer in self._masked:
+            layer.threshold[slot] = -(torch.empty_like(layer.threshold[slot]).uniform_(generator=generator) * 5 + 5)
+            resets.append(Reset(layer.threshold, of_slot(layer.threshold, slot)))
+        return resets
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
         """The thresholds."""

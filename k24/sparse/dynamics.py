@@ -29,6 +29,13 @@ class Reset:
     entries: Tensor
 
 
+def of_slot(parameter: Tensor, slot: int) -> Tensor:
+    """The entries of a parameter ``[A, ...]`` that are one slot's, as a bool mask of its shape."""
+    entries = torch.zeros_like(parameter, dtype=torch.bool)
+    entries[slot] = True
+    return entries
+
+
 @torch.no_grad()
 def reset_layer(layer: MaskedLinear, ratio: float, generator: torch.Generator | None = None, ema_blend: float = 0.5) -> list[Reset]:
     """Revives what the masks have given up on.

@@ -1,0 +1,387 @@
+"""IPPO and MAPPO in one learner: what differs between them is what the critic sees.
+
+A round is one episode in every parallel environment. All of them are judged once (generalised advantage estimation), then passed over
+several times with the clipped surrogate loss, whole episodes at a time. Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); MAPPO and
+the settings, Yu et al. 2022 (arXiv 2103.01955); IPPO, de Witt et al. 2020 (arXiv 2011.09533).
+
+Shapes: ``A`` agents, ``T`` steps, ``B`` episodes, ``V`` values of a state: one per agent, or one for the team where one critic serves all
+and rewards are the team's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from k24.actions import KINDS, StochasticKind
+from k24.envs.base import EnvSpec, TeamEnv
+from k24.errors import UsageError
+from k24.learners.optimise import CriticSharing, Trainee, dense_critics, rule_for
+from k24.learners.replay import Episodes, last_steps
+from k24.learners.rollout import NetActor, RandomActor, collect_episodes, drawn, likeliest, slots_of
+from k24.learners.statistics import PolicyPool, RunningMoments
+from k24.learners.targets import clipped_value_loss, gae, masked_mean, ppo_loss
+from k24.nets import AgentNet, Weights
+from k24.sharing.base import Sharing
+from k24.sparse.slots import Phase, SlotRule
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of IPPO and MAPPO; the defaults are those of the MAPPO paper (Yu et al. 2022, arXiv 2103.01955)."""
+
+    lr: float = 5e-4
+    """Learning rate of the policy."""
+    critic_lr: float = 5e-4
+    """Learning rate of the critic."""
+    lr_decay_start: float = 0.8
+    """Share of training after which both learning rates fall on a line; 1 for never."""
+    lr_final: float = 0.1
+    """What is left of them at the end, as a share."""
+    gamma: float = 0.99
+    """Discount."""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation."""
+    epochs: int = 10
+    """Passes over each round of episodes."""
+    minibatches: int = 1
+    """Parts that a pass is split into, by whole episodes."""
+    clip: float = 0.2
+    """How far the probability ratio may move before its gradient stops."""
+    value_clip: float = 0.2
+    """How far a value may move before its loss is taken at its worst; 0 for no such limit."""
+    huber_delta: float = 10.0
+    """Where the value loss turns from square to linear."""
+    entropy_coef: float = 0.01
+    """Weight of the policy's entropy."""
+    target_kl: float = 0.0
+    """Stop the passes over a round once the policy has moved this far on average; 0 for never."""
+    normalise_values: bool = True
+    """Let the critic predict returns in units of their running standard deviation."""
+    grad_clip: float = 10.0
+    """Largest norm of the gradient, for policy and critic each."""
+    adam_eps: float = 1e-5
+    """Epsilon of Adam."""
+    recurrent: bool = True
+    """Whether policy and critic have a GRU."""
+    individual_rewards: bool = False
+    """Each agent learns from its own reward instead of the team's sum."""
+    critic_sharing: str = "auto"
+    """Sharing scheme of the critic: auto for the policy's where each agent has a critic (IPPO), dense where one serves all (MAPPO)."""
+
+    def __post_init__(self) -> None:
+        """Checks each value, and those that depend on each other."""
+        if not self.lr > 0 or not self.critic_lr > 0 or not 0 <= self.lr_final <= 1 or not 0 <= self.lr_decay_start <= 1:
+            raise UsageError(
+                f"lr (={self.lr}) and critic_lr (={self.critic_lr}) must be positive, lr_final (={self.lr_final}) and lr_decay_start "
+                f"(={self.lr_decay_start}) in [0, 1]"
+            )
+        if not 0 <= self.gamma <= 1 or not 0 <= self.gae_lambda <= 1:
+            raise UsageError(f"gamma (={self.gamma}) and gae_lambda (={self.gae_lambda}) must lie in [0, 1]")
+        if self.epochs < 1 or self.minibatches < 1:
+            raise UsageError(f"epochs (={self.epochs}) and minibatches (={self.minibatches}) must be at least 1")
+        for name in ("clip", "huber_delta", "grad_clip", "adam_eps"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be positive")
+        for name in ("value_clip", "entropy_coef", "target_kl"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} (={getattr(self, name)}) must not be negative")
+
+    def check(self, algo: str, envs: int) -> None:
+        """Refuses what does not fit the rest of a run.
+
+        Args:
+            algo: ``ippo`` or ``mappo``.
+            envs: Parallel environments, and so episodes of a round.
+        """
+        if self.minibatches > envs:
+            raise UsageError(f"minibatches (={self.minibatches}) must not exceed envs (={envs}): episodes are not cut")
+
+
+class _Round(NamedTuple):
+    """What is learned from one round of episodes; ``V`` is the number of values that a state has.
+
+    Attributes:
+        episodes: As they were played.
+        slots: As the nets take them, ``[A, T+1, B]``, or None.
+        alive: Likewise.
+        counted: bool ``[A, T, B]``, the steps that an agent acted in; None for all.
+        log_prob: Of the actions, when they were taken, ``[A, T, B]``.
+        advantage: Standardised, ``[A, T, B]``.
+        value: As the critic gave them, ``[V, T, B]``.
+        target: What they should have been, in the critic's units, ``[V, T, B]``.
+        valued: bool ``[V, T, B]``, the values that count; None for all.
+    """
+
+    episodes: Episodes
+    slots: Tensor | None
+    alive: Tensor | None
+    counted: Tensor | None
+    log_prob: Tensor
+    advantage: Tensor
+    value: Tensor
+    target: Tensor
+    valued: Tensor | None
+
+    def part(self, index: Tensor) -> _Round:
+        """Some of the episodes, by their number."""
+        chosen = {name: value.index_select(-1, index) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return self._replace(episodes=self.episodes.part(index), **chosen)
+
+
+class PPOLearner:
+    """Proximal policy optimisation for teams.
+
+    Args:
+        algo: ``ippo`` or ``mappo``.
+        spec: The environment's sizes.
+        sharing: The policy's parameter-sharing scheme; fresh, it becomes the learner's own.
+        config: Settings.
+        hidden: Hidden units of policy and critic.
+        agent_id: Append agent indices to observations; the scheme's preference when None.
+        seed: Seed of initial weights and of all random numbers of the learner.
+        device: Where it learns.
+        rule: Which slot of the scheme each row uses; the agent's index when None.
+        critic_sharing: Makes the critic's scheme; a dense network for each of its slots when None.
+
+    Attributes:
+        kind: ``categorical``, or ``gaussian`` where actions are continuous.
+        policy: The policy's net and what trains it.
+        critic: The critic's.
+
+    Raises:
+        UsageError: The rule has another number of slots than the scheme.
+    """
+
+    settings: ClassVar[type] = PPOConfig
+
+    def __init__(
+        self,
+        algo: str,
+        spec: EnvSpec,
+        sharing: Sharing,
+        config: PPOConfig | None = None,
+        hidden: int = 64,
+        agent_id: bool | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rule: SlotRule | None = None,
+        critic_sharing: CriticSharing | None = None,
+    ) -> None:
+        self.rule = rule_for(rule, spec, sharing)
+        self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or PPOConfig()
+        c, self.device = self.config, torch.device(device)
+        self.kind = "gaussian" if spec.continuous else "categorical"
+        self._kind = cast(StochasticKind, KINDS[self.kind])
+        # One critic that sees the state serves the whole team: MAPPO. Or each agent has one that sees what it observes: IPPO.
+        self._central = algo == "mappo"
+        self._n_values = spec.n_agents if c.individual_rewards or not self._central else 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            outputs = self._kind.n_outputs(spec.n_actions)
+            self.net = AgentNet(spec.obs_dim, outputs, hidden, spec.n_agents, sharing, agent_id, c.recurrent).to(self.device)
+            judge = (critic_sharing or dense_critics)(1 if self._central else sharing.n_slots, False)
+            critic = (
+                AgentNet(spec.state_dim, self._n_values, hidden, 1, judge, False, c.recurrent)
+                if self._central
+                else AgentNet(spec.obs_dim, 1, hidden, spec.n_agents, judge, agent_id, c.recurrent)
+            ).to(self.device)
+        decay = (c.lr_decay_start, c.lr_final)
+        self.policy = Trainee("loss_policy", self.net, sharing, c.lr, c.grad_clip, decay, eps=c.adam_eps)
+        self.critic = Trainee("loss_value", critic, judge, c.critic_lr, c.grad_clip, decay, eps=c.adam_eps)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._returns = RunningMoments()
+        self._pool = PolicyPool(self._kind, self.net, self.rule)
+        self._fresh: Episodes | None = None
+        self._logged: dict[str, float] = {}
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps of the policy."""
+        return self.policy.updates
+
+    # Experience -------------------------------------------------------------------------------------------------------------------
+
+    def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
+        """Plays one episode in every parallel environment.
+
+        Args:
+            env: The training environments.
+            env_steps: Environment steps done before.
+            seed: Seed of this round.
+        """
+        actor = NetActor(self.net, self.policy.acting(), drawn(self._kind, self.generator), self.rule)
+        self._fresh = collect_episodes(env, actor, seed)
+        self._pool.fill(self._fresh)
+        return self._fresh
+
+    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
+        """Who acts with the weights of ``phase``: by the likeliest action, or by drawing from the policy."""
+        weights = self.policy.acting() if phase == "act" else self.net.snapshot(phase)
+        choose = drawn(self._kind, torch.Generator(self.device).manual_seed(0)) if sample else likeliest(self._kind)
+        return NetActor(self.net, weights, choose, self.rule)
+
+    def random_actor(self) -> RandomActor:
+        """A policy that does not look."""
+        return RandomActor(self.spec.n_actions, torch.Generator(self.device).manual_seed(0), self.spec.continuous)
+
+    # Learning ---------------------------------------------------------------------------------------------------------------------
+
+    def learn(self, progress: float, env_steps: int) -> None:
+        """Passes over the newest round several times.
+
+        Args:
+            progress: Share of training done, in [0, 1].
+            env_steps: Environment steps done.
+        """
+        if self._fresh is None:
+            return
+        self.update(self._fresh, progress, env_steps)
+        self._fresh = None
+
+    def update(self, episodes: Episodes, progress: float, env_steps: int) -> None:
+        """All gradient steps of one round.
+
+        Args:
+            episodes: Played by the present policy.
+            progress: Share of training done, in [0, 1].
+            env_steps: Environment steps done.
+
+        Raises:
+            RunError: A loss or a gradient is NaN or infinite; parameters are as they were before that step.
+        """
+        c, seen = self.config, self._look_back(episodes)
+        trusted = True
+        for _ in range(c.epochs):
+            for part in self._parts(seen):
+                # What the policy's steps are limited by holds for the masks that it began the round with.
+                trusted = trusted and self._policy_step(part, progress, env_steps)
+                weights = self.critic.begin(progress, self.generator)
+                value = self._values(weights, part.episodes, part.slots, part.alive, observe=True)[:, :-1]
+                loss = clipped_value_loss(value, part.value, part.target, c.value_clip, c.huber_delta, part.valued)
+                self.critic.step(loss, weights)
+                self.critic.settle(progress, env_steps, None, self.generator)
+
+    def _policy_step(self, part: _Round, progress: float, env_steps: int) -> bool:
+        """One gradient step of the policy; says whether another one may follow in this round."""
+        c, kind = self.config, self._kind
+        weights = self.policy.begin(progress, self.generator)
+        outputs, avail = self._outputs(weights, part.episodes, part.slots, part.alive, observe=True), _played(part.episodes.avail)
+        log_prob = kind.log_prob(outputs, part.episodes.actions, avail)
+        surrogate, clipped, moved = ppo_loss(log_prob, part.log_prob, part.advantage, c.clip, part.counted)
+        if c.target_kl and float(moved) > c.target_kl:
+            return False
+        entropy = masked_mean(kind.entropy(outputs, avail, self.generator), part.counted)
+        self.policy.step(surrogate - c.entropy_coef * entropy, weights)
+        self._logged = {"entropy": float(entropy.detach()), "clip_fraction": float(clipped), "approx_kl": float(moved)}
+        apart = self._pool.moved() if self.sharing.wants_policy_kl else None
+        events = self.policy.settle(progress, env_steps, apart, self.generator)
+        return not (events.frozen or events.resets)
+
+    @torch.no_grad()
+    def _look_back(self, episodes: Episodes) -> _Round:
+        """Judges what was done, before anything is learned from it."""
+        c = self.config
+        slots, alive = slots_of(self.rule, episodes.obs, episodes.alive)
+        if slots is not None and not bool(episodes.valid.all()):
+            slots = slots.where(_seen(episodes), -1)  # what comes after an episode is another one, of other units
+        log_prob = self._kind.log_prob(
+            self._outputs(self.policy.acting(), episodes, slots, alive), episodes.actions, _played(episodes.avail)
+        )
+        value = self._values(self.critic.acting(), episodes, slots, alive)
+
+        present = alive if slots is None else slots >= 0
+        valid = None if bool(episodes.valid.all()) else episodes.valid
+        own = self._n_values > 1 or (self.spec.n_agents == 1 and not self._central)
+        terminated, last = (x.expand_as(value[:, 1:]) for x in (episodes.terminated, last_steps(episodes.valid)))
+        counted = valued = None if valid is None else valid.expand(self.spec.n_agents, -1, -1)
+        if present is not None:
+            acted = present[:, :-1]
+            counted = acted if counted is None else acted & counted
+            if own:
+                # An agent that has a value of its own has returns of its own, which end with it.
+                died = acted & ~present[:, 1:]
+                terminated, last = terminated | died, last | died
+        valued = counted if own else None if valid is None else valid[None]
+
+        std, mean = (self._returns.std, self._returns.mean) if c.normalise_values else (1.0, 0.0)
+        worth = (value * std + mean).transpose(0, 1)  # time first
+        reward = episodes.reward if c.individual_rewards else episodes.reward.sum(0, keepdim=True).expand(self._n_values, -1, -1)
+        flags = terminated.transpose(0, 1), last.transpose(0, 1)
+        advantage = gae(reward.transpose(0, 1), worth[:-1], worth[1:], *flags, c.gamma, c.gae_lambda).transpose(0, 1)
+        target = advantage + worth[:-1].transpose(0, 1)
+        if c.normalise_values:
+            self._returns.update(target if valued is None else target[valued])
+            target = (target - self._returns.mean) / self._returns.std
+        advantage = advantage.expand(self.spec.n_agents, -1, -1)
+        picked = advantage if counted is None else advantage[counted]
+        advantage = (advantage - picked.mean()) / (picked.std() + 1e-5) if picked.numel() > 1 else advantage
+        return _Round(episodes, slots, alive, counted, log_prob, advantage, value[:, :-1], target, valued)
+
+    def _parts(self, whole: _Round) -> Iterator[_Round]:
+        """Whole episodes in a random order, in so many parts."""
+        if self.config.minibatches == 1:
+            yield whole
+            return
+        order = torch.randperm(whole.episodes.count, generator=self.generator, device=self.device)
+        for index in order.chunk(self.config.minibatches):
+            yield whole.part(index)
+
+    def _outputs(self, weights: Weights, episodes: Episodes, slots: Tensor | None, alive: Tensor | None, observe: bool = False) -> Tensor:
+        """What the policy says of each action taken, ``[A, T, B, K]``."""
+        valid = None if bool(episodes.valid.all()) else episodes.valid
+        h0 = self.net.initial_state(episodes.count)
+        return self.net(weights, episodes.obs[:, :-1], h0, valid, observe, _played(slots), _played(alive))[0]
+
+    def _values(self, weights: Weights, episodes: Episodes, slots: Tensor | None, alive: Tensor | None, observe: bool = False) -> Tensor:
+        """What the critic gives, in its own units, ``[V, T+1, B]``."""
+        net, seen = self.critic.net, None if bool(episodes.valid.all()) else _seen(episodes)
+        h0 = net.initial_state(episodes.count)
+        if self._central:
+            return net(weights, episodes.state[None], h0, seen, observe)[0][0].movedim(-1, 0)
+        return net(weights, episodes.obs, h0, seen, observe, slots, alive)[0][..., 0]
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, under public names; those of the critic's masks and steps begin with ``critic_``."""
+        critic = {name if name == "loss_value" else f"critic_{name}": value for name, value in self.critic.metrics().items()}
+        return self._logged | critic | self.policy.metrics() | self._pool.metrics()
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Everything that is needed to go on bit for bit."""
+        return {
+            "policy": self.policy.state_dict(),
+            "critic": self.critic.state_dict(),
+            "generator": self.generator.get_state(),
+            "returns": self._returns.state_dict(),
+            "pool": self._pool.state_dict(),
+            "logged": self._logged,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self.policy.load_state_dict(state["policy"])
+        self.critic.load_state_dict(state["critic"])
+        self.generator.set_state(state["generator"].cpu())
+        self._returns.load_state_dict(state["returns"])
+        self._pool.load_state_dict(state["pool"])
+        self._logged = dict(state["logged"])
+
+    def load_policy_state(self, state: dict) -> None:
+        """Takes the policy's net and scheme alone: enough to act and to inspect."""
+        self.policy.load_policy_state(state["policy"])
+
+
+def _played(values: Tensor | None) -> Tensor | None:
+    """What belongs to the steps played, of ``[A, T+1, ...]``."""
+    return None if values is None else values[:, :-1]
+
+
+def _seen(episodes: Episodes) -> Tensor:
+    """Observations where a step was played or that one led to, bool ``[T+1, B]``."""
+    return torch.cat([episodes.valid[:1], episodes.valid])

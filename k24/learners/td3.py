@@ -1,0 +1,363 @@
+"""MATD3: deterministic policies of all agents, and an ensemble of critics that sees the state and the joint action.
+
+Sources: TD3, Fujimoto et al. 2018 (arXiv 1802.09477); MATD3, Ackermann et al. 2019 (arXiv 1910.01465); critics as masks on one network, a
+target that is the least of them and a policy that follows their mean, Kaleidoscope (arXiv 2410.08540).
+
+The critics are one net whose slots are the ensemble's members, made by a sharing scheme like any other net: masks on one network, or a
+network each. Shapes: ``A`` agents, ``N`` transitions, ``K`` critics, ``U`` action dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from k24.actions import KINDS
+from k24.envs.base import EnvSpec, TeamEnv
+from k24.errors import UsageError
+from k24.learners.optimise import CriticSharing, Target, Trainee, dense_critics, rule_for
+from k24.learners.replay import EpisodeReplay, Episodes, Transitions
+from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, likeliest, noisy, slots_of
+from k24.learners.statistics import PolicyPool
+from k24.learners.targets import smoothed, td3_target
+from k24.nets import AgentNet, Weights
+from k24.sharing.base import Events, Sharing
+from k24.sparse.slots import Phase, SlotRule
+
+# Gradient steps of the policy between two looks at how far it has moved, where the scheme wants to know.
+MOVED_EVERY = 200
+
+
+@dataclass(frozen=True)
+class TD3Config:
+    """Settings of MATD3; the defaults are those published for multi-agent MuJoCo with Kaleidoscope (arXiv 2410.08540)."""
+
+    lr: float = 5e-4
+    """Learning rate of the policy."""
+    critic_lr: float = 1e-3
+    """Learning rate of the critics."""
+    lr_decay_start: float = 1.0
+    """Share of training after which both learning rates fall on a line; 1 for never."""
+    lr_final: float = 0.1
+    """What is left of them at the end, as a share."""
+    gamma: float = 0.99
+    """Discount."""
+    n_step: int = 10
+    """Steps of reward before bootstrapping."""
+    batch_size: int = 1000
+    """Transitions per gradient step."""
+    buffer_size: int = 1_000_000
+    """Transitions kept for replay."""
+    env_steps_per_update: float = 20
+    """Environment steps per gradient step of the critics."""
+    warmup: int = 10_000
+    """Environment steps of random play before anything is learned."""
+    policy_delay: int = 2
+    """Gradient steps of the critics for one of the policy."""
+    target_tau: float = 0.005
+    """Share by which targets move at each gradient step of the policy."""
+    exploration_noise: float = 0.1
+    """Standard deviation of the noise on actions while training."""
+    target_noise: float = 0.2
+    """Standard deviation of the noise on the target policy's actions."""
+    target_noise_clip: float = 0.5
+    """Largest size of that noise."""
+    grad_clip: float = 10.0
+    """Largest norm of the gradient, for policy and critics each."""
+    critics: int | None = None
+    """Critics in the ensemble; 5 where they are masks on one network, 2 where each is a network of its own, when not given."""
+    critic_sharing: str = "auto"
+    """Sharing scheme of the critics, one slot each; auto for that of the policy where it can make them differ, else nops."""
+    critic_rows: Literal["split", "all"] = "split"
+    """Whether a gradient step trains each critic on its part of the batch or on all of it."""
+    critic_reset_interval: int = 800_000
+    """Environment steps between resets of one critic's masks, in turn; 0 for none."""
+    layer_norm: bool = True
+    """Whether critics normalise the inputs of their hidden units' ReLU."""
+
+    def __post_init__(self) -> None:
+        """Checks each value, and those that depend on each other."""
+        if not self.lr > 0 or not self.critic_lr > 0 or not 0 <= self.lr_final <= 1 or not 0 <= self.lr_decay_start <= 1:
+            raise UsageError(
+                f"lr (={self.lr}) and critic_lr (={self.critic_lr}) must be positive, lr_final (={self.lr_final}) and lr_decay_start "
+                f"(={self.lr_decay_start}) in [0, 1]"
+            )
+        if not 0 <= self.gamma <= 1 or not 0 < self.target_tau <= 1:
+            raise UsageError(f"gamma (={self.gamma}) must lie in [0, 1] and target_tau (={self.target_tau}) in (0, 1]")
+        for name in ("n_step", "batch_size", "policy_delay"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
+        if self.critics is not None and self.critics < 1:
+            raise UsageError(f"critics (={self.critics}) must be at least 1")
+        if self.buffer_size < self.batch_size:
+            raise UsageError(f"buffer_size (={self.buffer_size}) must be at least batch_size (={self.batch_size})")
+        for name in ("env_steps_per_update", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} (={getattr(self, name)}) must be positive")
+        for name in ("warmup", "exploration_noise", "target_noise", "target_noise_clip", "critic_reset_interval"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} (={getattr(self, name)}) must not be negative")
+
+    def check(self, algo: str, envs: int) -> None:
+        """Refuses what does not fit the rest of a run.
+
+        Args:
+            algo: ``matd3``.
+            envs: Parallel environments, and so episodes of a round.
+        """
+
+
+class TD3Learner:
+    """Twin delayed deterministic policy gradients for teams.
+
+    Args:
+        algo: ``matd3``.
+        spec: The environment's sizes; actions must be continuous.
+        sharing: The policy's parameter-sharing scheme; fresh, it becomes the learner's own.
+        config: Settings.
+        hidden: Hidden units of policy and critics, in two layers.
+        agent_id: Append agent indices to observations; the scheme's preference when None.
+        seed: Seed of initial weights and of all random numbers of the learner.
+        device: Where it learns.
+        rule: Which slot of the scheme each row uses; the agent's index when None.
+        critic_sharing: Makes the critics' scheme, one slot for each; a dense network each when None.
+
+    Attributes:
+        policy: The policy's net and what trains it.
+        critic: The critics', all in one net of as many slots.
+
+    Raises:
+        UsageError: Actions are discrete, a batch is smaller than the ensemble, or the rule has another number of slots than the scheme.
+    """
+
+    settings: ClassVar[type] = TD3Config
+    kind = "deterministic"
+
+    def __init__(
+        self,
+        algo: str,
+        spec: EnvSpec,
+        sharing: Sharing,
+        config: TD3Config | None = None,
+        hidden: int = 64,
+        agent_id: bool | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rule: SlotRule | None = None,
+        critic_sharing: CriticSharing | None = None,
+    ) -> None:
+        if not spec.continuous:
+            raise UsageError(f"{algo} learns continuous actions, and this task's are discrete: choose another task or learner")
+        self.rule = rule_for(rule, spec, sharing)
+        self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or TD3Config()
+        c, self.device, self._kind = self.config, torch.device(device), KINDS[self.kind]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, sharing, agent_id, recurrent=False).to(self.device)
+            judge = (critic_sharing or dense_critics)(c.critics, True)
+            inputs = spec.state_dim + spec.n_agents * spec.n_actions
+            critic = AgentNet(inputs, 1, hidden, judge.n_slots, judge, False, recurrent=False, layer_norm=c.layer_norm).to(self.device)
+        self.n_critics = judge.n_slots
+        if c.batch_size < self.n_critics:
+            raise UsageError(f"batch_size (={c.batch_size}) must be at least the number of critics (={self.n_critics})")
+        decay = (c.lr_decay_start, c.lr_final)
+        self.policy = Trainee("loss_policy", self.net, sharing, c.lr, c.grad_clip, decay)
+        self.critic = Trainee("loss_td", critic, judge, c.critic_lr, c.grad_clip, decay)
+        self._target, self._target_critic = Target(self.policy), Target(self.critic)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.replay = EpisodeReplay(spec, max(1, c.buffer_size // spec.episode_limit), self.device)
+        self._pool = PolicyPool(self._kind, self.net, self.rule)
+        self._owed, self._resets = 0.0, 0
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps of the critics."""
+        return self.critic.updates
+
+    # Experience -------------------------------------------------------------------------------------------------------------------
+
+    def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
+        """Plays one episode in every parallel environment, with noise on the actions, and remembers them.
+
+        Args:
+            env: The training environments.
+            env_steps: Environment steps done before.
+            seed: Seed of this round.
+        """
+        c = self.config
+        actor: NetActor | RandomActor
+        if env_steps < c.warmup:
+            actor = RandomActor(self.spec.n_actions, self.generator, continuous=True)
+        else:
+            actor = self._actor(self.policy.acting(), noisy(self._kind, c.exploration_noise, self.generator))
+        episodes = collect_episodes(env, actor, seed)
+        self.replay.add(episodes)
+        self._owed += episodes.steps / c.env_steps_per_update
+        self._pool.fill(episodes)
+        return episodes
+
+    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
+        """Who acts with the weights of ``phase``, without noise.
+
+        Raises:
+            UsageError: Actions are to be drawn, and a deterministic policy is no distribution.
+        """
+        if sample:
+            raise UsageError(f"{self.algo} learns one action for each observation, and no distribution to draw from: leave sample out")
+        return self._actor(self.policy.acting() if phase == "act" else self.net.snapshot(phase), likeliest(self._kind))
+
+    def _actor(self, weights: Weights, choose: Choice) -> NetActor:
+        return NetActor(self.net, weights, choose, self.rule)
+
+    def random_actor(self) -> RandomActor:
+        """A policy that does not look."""
+        return RandomActor(self.spec.n_actions, torch.Generator(self.device).manual_seed(0), continuous=True)
+
+    # Learning ---------------------------------------------------------------------------------------------------------------------
+
+    def learn(self, progress: float, env_steps: int) -> None:
+        """Takes as many gradient steps as the experience so far is due.
+
+        Args:
+            progress: Share of training done, in [0, 1].
+            env_steps: Environment steps done.
+        """
+        c = self.config
+        if env_steps < c.warmup:
+            self._owed = 0.0
+            return
+        due, self._owed = int(self._owed), self._owed - int(self._owed)
+        for _ in range(due):
+            self.update(self.replay.sample_transitions(c.batch_size, c.n_step, c.gamma, self.generator), progress, env_steps)
+
+    def update(self, batch: Transitions, progress: float, env_steps: int) -> None:
+        """One gradient step of the critics, and of the policy every ``policy_delay`` of these.
+
+        Args:
+            batch: Transitions.
+            progress: Share of training done, in [0, 1].
+            env_steps: Environment steps done.
+
+        Raises:
+            RunError: A loss or a gradient is NaN or infinite; parameters are as they were before that step.
+        """
+        c = self.config
+        weights = self.critic.begin(progress, self.generator)
+        self.critic.step(self.critic_loss(batch, weights), weights)
+        events = [self.critic.settle(progress, env_steps, None, self.generator), self._reset_in_turn(env_steps)]
+        if self.updates % c.policy_delay == 0:
+            weights = self.policy.begin(progress, self.generator)
+            self.policy.step(self.policy_loss(batch, weights), weights)
+            whole = self.policy.updates % MOVED_EVERY == 0
+            moved = self._pool.moved() if self.sharing.wants_policy_kl and whole else None
+            events.append(self.policy.settle(progress, env_steps, moved, self.generator))
+            self._target.follow(c.target_tau)
+            self._target_critic.follow(c.target_tau)
+        if any(e.frozen for e in events):
+            self._target.follow()
+            self._target_critic.follow()
+
+    def critic_loss(self, batch: Transitions, weights: Weights) -> Tensor:
+        """Mean square of the temporal-difference errors of all critics.
+
+        ``y = R + γ^m · min_k Q'_k(s', μ'(o') + ε)``; each critic learns ``y`` on its own part of the batch, or on all (``critic_rows``).
+
+        Args:
+            batch: Transitions.
+            weights: The critics' effective weights of this step.
+        """
+        c, k, n = self.config, self.n_critics, len(batch.returns)
+        with torch.no_grad():
+            actions = smoothed(
+                self._act(self._target.weights, batch.next_obs, batch.next_alive), c.target_noise, c.target_noise_clip, self.generator
+            )
+            q_next = self._judge(self._target_critic.weights, batch.next_state, actions)
+            target = td3_target(batch.returns, batch.discount, q_next)
+        state, actions = batch.state, batch.actions
+        if c.critic_rows == "split":
+            # Rows come in a random order, so each critic's part is a random one. What is left over waits for another batch.
+            rows = n // k
+            state, actions, target = state[: rows * k], actions[:, : rows * k], target[: rows * k].view(k, rows)
+        return (self._judge(weights, state, actions, split=c.critic_rows == "split", observe=True) - target).square().mean()
+
+    def policy_loss(self, batch: Transitions, weights: Weights) -> Tensor:
+        """Minus the mean over critics of the value of all agents' present actions together, ``-mean_k Q_k(s, μ(o))``.
+
+        Args:
+            batch: Transitions.
+            weights: The policy's effective weights of this step.
+        """
+        c, k = self.config, self.n_critics
+        actions, state = self._act(weights, batch.obs, batch.alive, observe=True), batch.state
+        if c.critic_rows == "split":
+            rows = len(state) // k * k
+            state, actions = state[:rows], actions[:, :rows]
+        return -self._judge(self.critic.acting(), state, actions, split=c.critic_rows == "split").mean()
+
+    def _act(self, weights: Weights, obs: Tensor, alive: Tensor | None, observe: bool = False) -> Tensor:
+        """The policy's actions, ``[A, N, U]``."""
+        slots, alive = slots_of(self.rule, obs[:, None], None if alive is None else alive[:, None])
+        outputs, _ = self.net(weights, obs[:, None], self.net.initial_state(obs.shape[1]), None, observe, slots, alive)
+        return self._kind.mode(outputs[:, 0])
+
+    def _judge(self, weights: Weights, state: Tensor, actions: Tensor, split: bool = False, observe: bool = False) -> Tensor:
+        """Values ``[K, N]`` of joint actions; ``[K, N/K]``, each critic on rows of its own, where they are split.
+
+        Args:
+            weights: The critics'.
+            state: ``[N, S]``.
+            actions: ``[A, N, U]``.
+            split: Whether each critic gets its own rows.
+            observe: Whether the critics' layers take note of their inputs.
+        """
+        x = torch.cat([state, *actions.unbind(0)], -1)
+        rows = x.view(self.n_critics, 1, -1, x.shape[-1]) if split else x.expand(self.n_critics, 1, -1, -1)
+        net = self.critic.net
+        return net(weights, rows, net.initial_state(rows.shape[2]), observe=observe)[0][:, 0, :, 0]
+
+    def _reset_in_turn(self, env_steps: int) -> Events:
+        """Draws one critic's masks anew every so often, one critic after the other."""
+        every = self.config.critic_reset_interval
+        if not every or env_steps < (self._resets + 1) * every:
+            return Events()
+        slot, self._resets = self._resets % self.n_critics, self._resets + 1
+        return self.critic.forget(Events(resets=self.critic.sharing.reset_slot(slot, self.generator)))
+
+    def metrics(self) -> dict[str, float]:
+        """What to log, under public names; those of the critics' masks and steps begin with ``critic_``."""
+        critic = {name if name == "loss_td" else f"critic_{name}": value for name, value in self.critic.metrics().items()}
+        return critic | self.policy.metrics() | self._pool.metrics()
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Everything that is needed to go on bit for bit."""
+        return {
+            "policy": self.policy.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target": self._target.state_dict(),
+            "target_critic": self._target_critic.state_dict(),
+            "replay": self.replay.state_dict(),
+            "generator": self.generator.get_state(),
+            "pool": self._pool.state_dict(),
+            "owed": self._owed,
+            "resets": self._resets,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` gave."""
+        self.policy.load_state_dict(state["policy"])
+        self.critic.load_state_dict(state["critic"])
+        self._target.load_state_dict(state["target"])
+        self._target_critic.load_state_dict(state["target_critic"])
+        self.replay.load_state_dict(state["replay"])
+        self.generator.set_state(state["generator"].cpu())
+        self._pool.load_state_dict(state["pool"])
+        self._owed, self._resets = float(state["owed"]), int(state["resets"])
+
+    def load_policy_state(self, state: dict) -> None:
+        """Takes the policy's net and scheme alone: enough to act and to inspect."""
+        self.policy.load_policy_state(state["policy"])
