@@ -58,6 +58,8 @@ class TrainConfig:
     """Environment steps between evaluations."""
     eval_episodes: int = 64
     """Episodes of one evaluation."""
+    final_episodes: int = 256
+    """Episodes of the evaluation at the end; no less than of the others."""
     checkpoint_every: int = 50_000
     """Environment steps between checkpoints."""
     # Given or not, it is settings of algo's kind once built: None stands for their defaults. Of the union, the command line offers the part
@@ -84,7 +86,8 @@ class TrainConfig:
             raise unknown_name("sharing scheme", self.sharing, SCHEMES)
         if self.critic_sharing != "auto" and self.critic_sharing not in SCHEMES:
             raise unknown_name("sharing scheme of a critic", self.critic_sharing, ["auto", *SCHEMES])
-        for name in ("steps", "envs", "hidden", "threads", "log_every", "eval_every", "eval_episodes", "checkpoint_every"):
+        counts = ("steps", "envs", "hidden", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
         if self.hidden > MAX_HIDDEN:

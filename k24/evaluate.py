@@ -115,6 +115,11 @@ def build_env(config: TrainConfig, n_envs: int, device: torch.device | str = "cp
         except PolicyFileError as error:
             raise UsageError(f"opponents: {error}") from error
     env = make_env(config.task, n_envs, device, config.workers if workers is None else workers, **kwargs)
+    if isinstance(other, Policy) and KINDS[other.spec.action].continuous != env.spec.continuous:
+        names = ("continuous", "discrete") if env.spec.continuous else ("discrete", "continuous")
+        raise UsageError(
+            f"opponents: {config.task} has {names[0]} actions, and {opponents} chooses {names[1]} ones: train one on this task"
+        )
     return env if side is None and opponents is None else FixedOpponents(env, side, other)
 
 
@@ -246,7 +251,7 @@ class Player:
 
 
 def open_run(
-    folder: Path, device: torch.device | str = "cpu", phase: Phase = "deploy", random: bool = False, sample: bool = False
+    folder: Path, device: torch.device | str = "cpu", phase: Phase = "deploy", random: bool = False, sample: bool = False, seed: int = 0
 ) -> Player:
     """A run's newest policy; see :func:`load_run`.
 
@@ -256,12 +261,13 @@ def open_run(
         phase: Which masks act.
         random: Play at random instead.
         sample: Draw actions from the policy's distribution.
+        seed: Seed of what is drawn.
 
     Raises:
         UsageError: Actions are to be drawn, and the policy is no distribution.
     """
     run = load_run(folder, device, act=True)
-    actor = run.learner.random_actor() if random else run.learner.actor(phase, sample)
+    actor = run.learner.random_actor() if random else run.learner.actor(phase, sample, seed)
     name = "random" if random else f"{run.config.algo}-{run.config.sharing}"
 
     def make(n_envs: int) -> TeamEnv:
@@ -311,17 +317,17 @@ def open_policy(
 
     def make(n_envs: int) -> TeamEnv:
         env = build_env(config, n_envs, device)
-        wanted, found = ((s.n_agents, s.obs_dim, s.n_actions) for s in (spec, env.spec))
-        if wanted != found:
-            raise UsageError(
-                f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, which has {found} here: give the arguments "
-                f"it was trained with, as in --env-args n_agents={spec.n_agents}"
-            )
         if continuous != env.spec.continuous:
             ours, theirs = ("continuous" if each else "discrete" for each in (continuous, env.spec.continuous))
             raise UsageError(
                 f"{path} gives {ours} actions (a {spec.action} policy), and {config.task} takes {theirs} ones here: give the arguments it "
                 f"was trained with"
+            )
+        wanted, found = ((s.n_agents, s.obs_dim, s.n_actions) for s in (spec, env.spec))
+        if wanted != found:
+            raise UsageError(
+                f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, which has {found} here: give the arguments "
+                f"it was trained with, as in --env-args n_agents={spec.n_agents}"
             )
         if isinstance(spec.slots, tuple) and spec.slots != env.spec.unit_types:
             raise UsageError(

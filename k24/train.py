@@ -231,7 +231,7 @@ def train(
         if steps > first:
             save()
         evaluation = {
-            **summary(play(learner.actor("deploy"), eval_env, max(config.eval_episodes, 256), EVAL_SEED + 500)),
+            **summary(play(learner.actor("deploy"), eval_env, max(config.eval_episodes, config.final_episodes), EVAL_SEED + 500)),
             "steps": steps,
             "task": config.task,
         }

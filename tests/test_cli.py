@@ -25,8 +25,9 @@ from k24 import cli
 from k24 import train as train_module
 from k24.cli import main
 from k24.commands.train import stop_on_signal
-from k24.config import TrainConfig
+from k24.config import TrainConfig, load_config
 from k24.envs import make_env
+from k24.learners import LEARNERS, PPOConfig
 from k24.train import train
 
 # 20 rounds of 16 steps, as options.
@@ -257,14 +258,19 @@ def test_help_version_and_lists(capfd):
     assert all(f"  {name} " in out for name in cli.COMMANDS)
 
 
-def test_help_names_every_setting(capfd):
-    assert main(["train", "--help"]) == 0
+@pytest.mark.parametrize("algo", LEARNERS)
+def test_help_names_every_setting(capfd, algo):
+    """Those of the algorithm, and none that only others have."""
+    assert main(["train", "--algo", algo, "--help"]) == 0
     out = capfd.readouterr().out
-    config = TrainConfig()
+    config = TrainConfig(algo=algo)
     names = [f.name for part in (config, config.learner, config.masks) for f in dataclasses.fields(part)]
     names += [f"kaleidoscope.{f.name}" for f in dataclasses.fields(config.kaleidoscope)]
     flags = {f"--{n.replace('_', '-')}" for n in names if n not in ("learner", "masks", "kaleidoscope")}
-    assert flags <= set(re.findall(r"--[a-z][a-z.0-9-]*", out))
+    shown = set(re.findall(r"--[a-z][a-z.0-9-]*", out))
+    assert flags <= shown
+    others = {f"--{f.name.replace('_', '-')}" for learner in LEARNERS.values() for f in dataclasses.fields(learner.settings)}
+    assert shown & others <= flags
     for option in ("--out", "--resume", "--config", "--preset", "--quiet"):
         assert option in out
 
@@ -316,7 +322,22 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
         ("train tooy/matrix", "unknown environment suite 'tooy': did you mean 'toy'?"),
         ("train toy/matrix --stepz 3", "Unrecognized options: --stepz, 3 (did you mean --steps?); 'k24 train --help' lists the options"),
         ("train toy/matrix extra", "Unrecognized options: extra; 'k24 train --help' lists the options"),
-        ("train toy/matrix --algo qmx", "unknown algorithm 'qmx': did you mean 'qmix'? 'k24 train --help' lists the options"),
+        ("train toy/matrix --algo qmx", "unknown algorithm 'qmx': did you mean 'qmix'?"),
+        ("train toy/matrix --algo mapo --clip 0.1", "unknown algorithm 'mapo': did you mean 'mappo'?"),
+        ("train toy/matrix --algo", "Missing value for argument '--algo'"),
+        (
+            "train toy/matrix --algo mappo --epsilon-start 1",
+            "--epsilon-start is no option of mappo, but of iql, vdn, qmix: leave it out, or change --algo",
+        ),
+        ("train toy/matrix --algo=matd3 --no-double-q", "--no-double-q is no option of matd3, but of iql, vdn, qmix: leave it out"),
+        ("train toy/matrix --algo mappo --algo qmix --clip=0.1", "--clip is no option of qmix, but of ippo, mappo: leave it out"),
+        ("train toy/matrix --clip 0.1", "--clip is no option of qmix, but of ippo, mappo: leave it out"),
+        ("train toy/matrix --preset mappo_mpe --n-step 3", "--n-step is no option of mappo, but of iql, vdn, qmix, matd3: leave it out"),
+        ("train toy/matrix --algo mappo --clp 1", "Unrecognized options: --clp, 1 (did you mean --clip?); 'k24 train --help' lists"),
+        ("train toy/matrix --algo mappo --critic-sharing k25", "unknown sharing scheme of a critic 'k25': did you mean 'k24'?"),
+        ("train toy/matrix --algo mappo --minibatches 33", "minibatches (=33) must not exceed envs (=32): episodes are not cut"),
+        ("train toy/matrix --algo matd3", "matd3 learns continuous actions, and this task's are discrete"),
+        *((f"train toy/reach --algo {a}", f"{a} chooses among discrete actions, and this task's are continuous") for a in ("iql", "vdn")),
         ("train toy/matrix --sharing k25", "unknown sharing scheme 'k25': did you mean 'k24'? 'k24 train --help' lists the options"),
         ("train toy/matrix --steps abc", "--steps: invalid literal for int() with base 10: 'abc'; 'k24 train --help' lists the options"),
         ("train toy/matrix --steps 1.5", "--steps: invalid literal for int() with base 10: '1.5'"),
@@ -354,6 +375,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
         ("eval nowhere", "nowhere is no run folder (it has no config.yaml): give one that 'k24 train' made"),
         ("eval nowhere --episodes 0", "episodes (=0) must be at least 1"),
         ("eval nowhere --episodes -5", "episodes (=-5) must be at least 1"),
+        ("eval nowhere --sample --random", "--sample and --random exclude each other: give one of them"),
         ("eval nowhere --seed -1", "seed (=-1) must lie in 0"),
         ("eval nowhere --masks best", "invalid choice 'best' for argument '--masks'. Expected one of ('argmax', 'sampled', 'expected')"),
         ("eval nowhere --device gpu", "device 'gpu' is not known: use auto, cpu or cuda"),
@@ -408,6 +430,104 @@ def test_a_run_that_exists_is_left_alone(capfd, finished):
     found = refused(capfd, "train", "toy/matrix", "--resume", "--out", str(finished))
     assert found.startswith(f"{finished} was started with task=toy/memory, now it is toy/matrix")
     assert contents(finished) == before
+
+
+# --- policies that are distributions, and continuous actions -------------------------------------------------------------------
+
+# Some rounds of 16 episodes of 3 steps.
+REACH = [
+    *("train", "toy/reach", "--envs", "16", "--hidden", "8", "--device", "cpu", "--quiet"),
+    *("--log-every", "48", "--eval-every", "96", "--eval-episodes", "16", "--checkpoint-every", "96"),
+]
+OF_MATD3 = ["--algo", "matd3", "--warmup", "48", "--batch-size", "16", "--buffer-size", "300", "--env-steps-per-update", "16"]
+
+
+@pytest.fixture(scope="module")
+def reached(tmp_path_factory) -> dict[str, Path]:
+    """A short run of each learner of continuous actions; not to be changed."""
+    folder = tmp_path_factory.mktemp("reached")
+    for algo, options in (("ippo", []), ("mappo", ["--critic-sharing", "nops"]), ("matd3", OF_MATD3)):
+        assert main([*REACH, "--steps", "192", "--algo", algo, *options, "--out", str(folder / algo)]) == 0
+    return {algo: folder / algo for algo in ("ippo", "mappo", "matd3")}
+
+
+def value_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> float:
+    capsys.readouterr()
+    assert main(["eval", *arguments, "--episodes", "64", "--device", "cpu"]) == 0
+    return last_json(capsys.readouterr().out)["return_mean"]
+
+
+@pytest.mark.parametrize("algo", ["ippo", "mappo", "matd3"])
+def test_continuous_actions_from_training_to_file(reached, tmp_path, capsys, algo):
+    """A run and its file behave alike, and the run's configuration is all that it takes to repeat it."""
+    run, file = reached[algo], tmp_path / "policy.safetensors"
+    assert main(["export", str(run), "--out", str(file)]) == 0
+    assert value_of(capsys, str(file)) == pytest.approx(value_of(capsys, str(run)), abs=1e-4)
+    for policy in (run, file):
+        assert main(["inspect", str(policy)]) == 0
+        assert 0.4 < last_json(capsys.readouterr().out)["overall_sparsity"] <= 0.5
+    assert main(["train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert_same_run(run, tmp_path / "again")
+
+
+@pytest.mark.parametrize("algo", ["ippo", "mappo", "matd3"])
+def test_an_interrupted_run_of_any_learner_ends_as_an_uninterrupted_one(reached, tmp_path, algo):
+    folder, asked = tmp_path / "run", iter(range(9))
+    config = load_config(reached[algo] / "config.yaml")
+    assert not train(config, folder, should_stop=lambda: next(asked) == 1).finished
+    assert main(["train", "--resume", "--out", str(folder), "--quiet"]) == 0
+    assert_same_run(reached[algo], folder)
+
+
+@pytest.mark.parametrize("algo", ["ippo", "mappo"])
+def test_actions_can_be_drawn(reached, tmp_path, capsys, algo):
+    """Of a run and of its file, each time the same ones; the draws of young policies are wide, and cost return."""
+    run, file = str(reached[algo]), str(tmp_path / "policy.safetensors")
+    assert main(["export", run, "--out", file]) == 0
+    for policy in (run, file):
+        drawn = value_of(capsys, policy, "--sample")
+        assert drawn == value_of(capsys, policy, "--sample")
+        assert drawn < value_of(capsys, policy) - 0.01
+
+
+def test_actions_that_cannot_be_drawn(reached, finished, tmp_path, capfd):
+    assert main(["export", str(reached["matd3"]), "--out", str(tmp_path / "matd3.safetensors")]) == 0
+    assert main(["export", str(finished), "--out", str(tmp_path / "qmix.safetensors")]) == 0
+    for policy, message in (
+        (reached["matd3"], "matd3 learns one action for each observation, and no distribution to draw from"),
+        (finished, "qmix learns action values, which are no distribution to draw from"),
+        (tmp_path / "matd3.safetensors", f"{tmp_path}/matd3.safetensors is a deterministic policy, which has no distribution to draw from"),
+        (tmp_path / "qmix.safetensors", f"{tmp_path}/qmix.safetensors is a discrete policy, which has no distribution to draw from"),
+    ):
+        assert refused(capfd, "eval", str(policy), "--sample").startswith(message)
+
+
+def test_a_run_is_not_resumed_by_another_algorithm(reached, capfd):
+    before = contents(reached["ippo"])
+    for algo, options in (("mappo", ["--clip", "0.1"]), ("matd3", [])):
+        found = refused(capfd, "train", "--resume", "--out", str(reached["ippo"]), "--algo", algo, *options)
+        assert found.startswith(f"{reached['ippo']} was started with algo=ippo, now it is {algo}: resume with the same settings")
+    found = refused(capfd, "train", "--resume", "--out", str(reached["ippo"]), "--clip", "0.1")
+    assert found.startswith(f"{reached['ippo']} was started with learner.clip=0.2, now it is 0.1")
+    assert contents(reached["ippo"]) == before
+
+
+def test_a_file_or_preset_of_another_algorithm(reached, tmp_path, capsys):
+    """Settings of its learner give way to defaults, which is said; those of the run stay, and options come on top."""
+    base = reached["matd3"] / "config.yaml"
+    assert main(["train", "--config", str(base), "--algo", "ippo", "--clip", "0.1", "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"the learner's settings in {base} are those of matd3: ippo starts from its own defaults\n")
+    expected = dataclasses.replace(load_config(base), algo="ippo", learner=PPOConfig(clip=0.1))
+    assert load_config(tmp_path / "run" / "config.yaml") == expected
+    # MAPPO understands what IPPO was told.
+    base = reached["ippo"] / "config.yaml"
+    assert main(["train", "--config", str(base), "--algo", "mappo", "--out", str(tmp_path / "same"), "--quiet"]) == 0
+    assert "own defaults" not in capsys.readouterr().out
+    # Only together with the options must values fit: 6000 episodes are too many for the default replay of QMIX.
+    options = ["--preset", "mappo_mpe", "--envs", "6000", "--algo", "qmix", "--buffer-size", "6000", "--out", str(base)]
+    assert main(["train", "toy/matrix", *options]) == 2
+    assert "buffer_size" not in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_made(capfd, finished, tmp_path):
@@ -542,7 +662,7 @@ def test_a_run_without_a_checkpoint(capfd, finished, tmp_path):
 
 def test_a_loss_that_is_no_number(capfd, tmp_path):
     found = refused(capfd, *TOY, "--out", str(tmp_path / "run"), "--lr", "30", "--checkpoint-every", "1", status=1)
-    assert found.startswith(("loss_td is ", "the gradient is ")) and "lower lr (=30.0)" in found
+    assert found.startswith(("loss_td is ", "the gradient of loss_td is ")) and "lower lr (=30.0)" in found
     assert main(["eval", str(tmp_path / "run"), "--episodes", "4"]) == 0
 
 

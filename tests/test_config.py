@@ -123,6 +123,7 @@ def test_the_help_of_a_name_lists_what_there_is():
         ({"log_every": 0}, "log_every (=0) must be at least 1"),
         ({"eval_every": 0}, "eval_every (=0) must be at least 1"),
         ({"eval_episodes": 0}, "eval_episodes (=0) must be at least 1"),
+        ({"final_episodes": 0}, "final_episodes (=0) must be at least 1"),
         ({"checkpoint_every": -1}, "checkpoint_every (=-1) must be at least 1"),
         ({"seed": -1}, "seed (=-1) must lie in 0 … 2^63 - 1"),
         ({"seed": 2**63}, "must lie in 0 … 2^63 - 1"),

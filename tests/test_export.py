@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -19,15 +20,18 @@ from torch import Tensor
 
 from k24 import export as export_module
 from k24 import files
+from k24.actions import KINDS
+from k24.artifact import layer_names
 from k24.cli import main
 from k24.envs import EnvSpec, make_env
 from k24.errors import UsageError
-from k24.evaluate import load_run
+from k24.evaluate import PolicyActor, load_run, open_policy, play
 from k24.export import DTYPES, export_run, net_of
 from k24.kernels import prepare
+from k24.learners import PPOConfig, TD3Config
 from k24.nets import AgentNet
 from k24.policy import PolicySpec, load_policy, save_policy
-from k24.sharing import SCHEMES, make_sharing
+from k24.sharing import SCHEMES, K24Config, SharingConfig, make_sharing
 from k24.sparse import MaskedLinear
 from k24.sparse.slots import SlotRule, by_unit_type
 from k24.train import train
@@ -87,6 +91,26 @@ def test_the_deployed_net_is_the_policy_that_was_trained(name: str, masks: dict,
         values, h = run(with_index(agent_net, obs[:, t]), h)
         assert torch.allclose(values, expected[:, t], rtol=0, atol=1e-12)
     assert torch.allclose(h, after, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("agent_id", [False, True])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_deployed_net_without_recurrence(name: str, agent_id: bool) -> None:
+    """Its state has no units and goes round like any other."""
+    sharing = make_sharing(name, 3, SharingConfig(masks=K24Config(hetero_init_scale=1.0)))
+    agent_net = AgentNet(5, 4, 8, 3, sharing, agent_id, recurrent=False).double()
+    sharing.resample(0.3)
+    obs, h = some_sequence(agent_net), agent_net.initial_state(5)
+    with torch.no_grad():
+        expected, _ = agent_net(agent_net.snapshot("deploy"), obs, h)
+    net = net_of(agent_net)
+    assert layer_names(net) == list(agent_net.layers) == ["fc1", "fc2", "fc3"]
+    assert [layer.relu for layer in net.linears] == [True, True, False] and net.hidden == 0
+    run = prepare(net, "reference")
+    for t in range(obs.shape[1]):
+        values, h = run(with_index(agent_net, obs[:, t]), h)
+        assert h.shape == (3, 5, 0)
+        assert torch.allclose(values, expected[:, t], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("obs_dim", [1, 2, 3, 5, 6, 7, 8])
@@ -207,6 +231,83 @@ def test_a_file_plays_as_the_run_does(tmp_path, capsys, sharing):
     assert deployed < trained if sharing in ("k24", "k24_shared", "kaleidoscope") else deployed == trained
     # The file is the bytes that were counted, and a header.
     assert found[1]["bytes"] < out.stat().st_size < found[1]["bytes"] + 4096
+
+
+# Of each algorithm and kind of net: its settings, and the kind of policy that comes of it.
+TRAINED = {
+    "ippo categorical": ("toy/memory", "ippo", PPOConfig(epochs=2), "categorical"),
+    "mappo feed-forward": ("toy/memory", "mappo", PPOConfig(epochs=2, recurrent=False), "categorical"),
+    "ippo gaussian": ("toy/reach", "ippo", PPOConfig(epochs=2), "gaussian"),
+    "mappo gaussian feed-forward": ("toy/reach", "mappo", PPOConfig(epochs=2, recurrent=False), "gaussian"),
+    "matd3": ("toy/reach", "matd3", TD3Config(batch_size=8, warmup=16), "deterministic"),
+}
+
+
+@pytest.mark.parametrize("which", TRAINED)
+def test_a_file_of_every_algorithm_plays_as_the_run_does(tmp_path, capsys, which):
+    task, algo, learner, action = TRAINED[which]
+    train(dataclasses.replace(SHORT, task=task, algo=algo, learner=learner), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "p.safetensors")
+    policy, run = load_policy(tmp_path / "p.safetensors"), load_run(tmp_path / "run")
+    assert policy.spec.action == action == run.learner.kind
+    assert policy.spec.n_actions == run.learner.spec.n_actions and policy.spec.n_outputs == run.learner.net.n_outputs
+    assert (policy.net.hidden > 0) == run.learner.net.recurrent
+    found = []
+    for source in ("run", "p.safetensors"):
+        assert main(["eval", str(tmp_path / source), "--episodes", "20", "--device", "cpu"]) == 0
+        found.append(last_json(capsys.readouterr().out))
+    assert found[0].pop("return_mean") == pytest.approx(found[1].pop("return_mean"), abs=1e-5)
+    assert all(found[0][name] == found[1][name] for name in ("episodes", "steps", "policy"))
+
+
+def reaching(folder: Path, action: str, n_actions: int = 1, task: str = "toy/reach", **args: int) -> Path:
+    """A policy file of any kind for a game of two agents that see two numbers."""
+    agent_net = AgentNet(2, KINDS[action].n_outputs(n_actions), 8, 2, make_sharing("k24", 2), agent_id=True, recurrent=False)
+    env_args = tuple(f"{name}={value}" for name, value in args.items())
+    save_policy(folder / "p.safetensors", net_of(agent_net), PolicySpec(task, "a", "k24", 7, 2, 2, n_actions, True, action, env_args))
+    return folder / "p.safetensors"
+
+
+@pytest.mark.parametrize("action", ["gaussian", "deterministic"])
+def test_a_file_of_continuous_actions_plays(tmp_path, capsys, action):
+    file = reaching(tmp_path, action)
+    for more in ([], ["--random"]):
+        assert main(["eval", str(file), "--episodes", "40", "--device", "cpu", *more]) == 0
+        found = last_json(capsys.readouterr().out)
+        assert found["episodes"] == 40 and found["return_mean"] < 1 and found["policy"] == ("random" if more else "a-k24")
+        spread = found["return_ci95"][1] - found["return_ci95"][0]
+        assert (spread > 0) == bool(more), "the game is without chance, and so is the policy"
+
+
+def test_a_file_can_be_played_by_draws(tmp_path):
+    player = open_policy(reaching(tmp_path, "gaussian"))
+    assert player.policy is not None
+    with contextlib.closing(player.make_env(30)) as env:
+        found = [
+            play(PolicyActor(player.policy, sample=True, generator=torch.Generator().manual_seed(seed)), env, 30).returns
+            for seed in (1, 1, 2)
+        ]
+        best = play(player.actor, env, 30).returns
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    assert len(found[0].unique()) == 30 and len(best.unique()) == 1
+    player = open_policy(reaching(tmp_path, "deterministic"))
+    assert player.policy is not None
+    with contextlib.closing(player.make_env(2)) as env, pytest.raises(UsageError, match="a deterministic policy has no distribution"):
+        play(PolicyActor(player.policy, sample=True), env, 2)
+
+
+@pytest.mark.parametrize(
+    ("action", "n_actions", "task", "message"),
+    [
+        ("discrete", 1, "toy/reach", "gives discrete actions (a discrete policy), and toy/reach takes continuous ones here"),
+        ("categorical", 1, "toy/reach", "gives discrete actions (a categorical policy), and toy/reach takes continuous ones here"),
+        ("gaussian", 2, "toy/specialisation", "gives continuous actions (a gaussian policy), and toy/specialisation takes discrete"),
+        ("gaussian", 2, "toy/reach", "with (agents, observation, actions) = (2, 2, 2), which has (2, 2, 1) here"),
+    ],
+)
+def test_a_file_of_the_wrong_kind_of_action_is_refused(tmp_path, capfd, action, n_actions, task, message):
+    file = reaching(tmp_path, action, n_actions, task)
+    assert message in refused(capfd, "eval", str(file), "--episodes", "4")
 
 
 @pytest.mark.parametrize("backend", ["reference", "dense"])

@@ -14,13 +14,16 @@ from test_nets import some_net
 from test_train import BASE
 
 from k24 import onnx as onnx_module
+from k24.actions import KINDS
 from k24.cli import main
 from k24.errors import UsageError
 from k24.evaluate import load_run
 from k24.export import DTYPES, net_of
 from k24.kernels import GRU, Linear, Net, prepare
+from k24.nets import AgentNet
 from k24.onnx import onnx_model
-from k24.sharing import SCHEMES
+from k24.policy import Policy, PolicySpec
+from k24.sharing import SCHEMES, make_sharing
 from k24.train import train
 
 
@@ -39,9 +42,9 @@ def session(model: Any) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def checked_model(net: Net, agent_id: bool = False) -> Any:
+def checked_model(net: Net, agent_id: bool = False, action: str = "discrete") -> Any:
     onnx = pytest.importorskip("onnx")
-    model = onnx_model(net, agent_id)
+    model = onnx_model(net, agent_id, action=action)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -69,6 +72,30 @@ def test_onnx_names_and_shapes() -> None:
     assert [(v.name, v.shape) for v in run.get_inputs()] == [("obs", [3, "envs", 5]), ("state", [3, "envs", 8])]
     assert [(v.name, v.shape) for v in run.get_outputs()] == [("values", [3, "envs", 4]), ("next_state", [3, "envs", 8])]
     assert model.opset_import[0].version == 17
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("action", [name for name in KINDS if name != "discrete"])
+def test_onnx_acts_as_the_policy_does(action: str, recurrent: bool) -> None:
+    """Its actions are the mode of every kind, over steps; a net without a GRU has no state."""
+    n_actions = 2 if action == "gaussian" else 4
+    agent_net = AgentNet(5, 4, 8, 3, make_sharing("k24", 3), agent_id=True, recurrent=recurrent)
+    torch.nn.init.zeros_(list(agent_net.layers.values())[-1].bias)  # so that the likeliest action is not always the same
+    net, spec = net_of(agent_net), PolicySpec("t/t", "a", "k24", 0, 3, 5, n_actions, True, action)
+    run, policy = session(checked_model(net, True, action)), Policy(net, spec, "reference")
+    continuous = KINDS[action].continuous
+    expected = [("values", [3, "envs", 4]), ("next_state", [3, "envs", 8]), ("actions", [3, "envs", *([n_actions] if continuous else [])])]
+    assert [(v.name, v.shape) for v in run.get_outputs()] == [e for e in expected if recurrent or e[0] != "next_state"]
+    assert [v.name for v in run.get_inputs()] == (["obs", "state"] if recurrent else ["obs"])
+    state, given = None, torch.zeros(3, 6, 8).numpy()
+    for obs in some_sequence(agent_net, 4, 6).transpose(0, 1):
+        values, _ = policy.outputs(obs, state)
+        actions, state = policy.act(obs, state)
+        found = run.run(None, {"obs": obs.numpy()} | ({"state": given} if recurrent else {}))
+        given = found[1]
+        torch.testing.assert_close(torch.from_numpy(found[0]), values, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.from_numpy(found[-1]), actions, rtol=0, atol=1e-5)
+    assert len(actions.unique()) > 1
 
 
 def test_what_all_agents_share_is_in_the_graph_once() -> None:

@@ -25,6 +25,7 @@ from test_policy import random_net, spec_of
 
 import k24
 from k24 import artifact
+from k24.actions import KINDS
 from k24.errors import PolicyFileError, UsageError
 from k24.policy import load_policy, save_policy
 
@@ -98,7 +99,10 @@ def refused(path: Path, data: bytes | None = None) -> str | None:
     agents, slots = policy.spec.n_agents, policy.net.n_slots
     if agents == slots and policy.net.n_slots < 10:
         actions, _ = policy.act(torch.zeros(agents, 2, policy.spec.obs_dim))
-        assert actions.shape == (agents, 2) and int(actions.min()) >= 0 and int(actions.max()) < policy.spec.n_actions
+        if KINDS[policy.spec.action].continuous:
+            assert actions.shape == (agents, 2, policy.spec.n_actions) and float(actions.abs().max()) <= 1
+        else:
+            assert actions.shape == (agents, 2) and int(actions.min()) >= 0 and int(actions.max()) < policy.spec.n_actions
     return None
 
 
@@ -167,7 +171,7 @@ NASTY = [
     -1, 0, 1, 2, 3, 7, 4097, 2**31, 2**32 + 3, 10**12, 2**63 - 1, 2**63, 10**30, 10**400, 1.0, 1.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "3", "\n", "\0", "\ud800", "x" * 300, "fc1", "gru_input", "fc1.weight", "F16", "BF16", "U8", "I64", "2:4",
     "4:8", "1:99", "500000:1000000", " 2:4", "٢:٤", None, True, False, [], [1], [1, 2], [0, 8], [-8, 0], [10**12] * 3, {}, {"slots": 3},
-    {"slots": 1, "pattern": "2:4"}, [[[[]]]], ["x"] * 50,
+    {"slots": 1, "pattern": "2:4"}, [[[[]]]], ["x"] * 50, "gaussian", "deterministic",
 ]  # fmt: skip
 
 
@@ -288,7 +292,10 @@ def test_faults_have_names(folder) -> None:
         (about(lambda a: a["net"].update(slots=4)), "each must have 1 or all 4"),
         (about(lambda a: a["policy"].update(steps=-1)), "steps must be a whole number"),
         (about(lambda a: a["policy"].update(obs_dim=8)), "the policy's spec has 8"),
-        (about(lambda a: a["policy"].update(action="continuous")), "action must be one of discrete"),
+        (about(lambda a: a["policy"].update(action="continuous")), "action must be one of discrete, categorical, gaussian, deterministic"),
+        (about(lambda a: a["policy"].update(action=["discrete"])), "action must be one of discrete"),
+        (about(lambda a: a["policy"].update(action="gaussian")), "5 actions, which take 10 outputs where action is gaussian"),
+        (about(lambda a: a["policy"].update(action="gaussian", n_actions=2**62)), "which take 9223372036854775808 outputs"),
         (about(lambda a: a["policy"].pop("task")), "the policy's spec must have the keys"),
         (layer(0, masks={"slots": 10**12, "pattern": "2:4"}), "slots of layer fc1 must be"),
         (layer(0, masks={"slots": 2, "pattern": "2:4"}), "codes of layer fc1 take 9 bytes of U8, got 14"),

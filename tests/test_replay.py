@@ -14,8 +14,8 @@ from torch import Tensor
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.errors import RunError
 from k24.learners import EpisodeReplay, Episodes, NetActor, RandomActor, collect_episodes
-from k24.learners.rollout import epsilon_greedy
 from k24.learners.replay import EPISODE_AXIS
+from k24.learners.rollout import epsilon_greedy
 from k24.nets import AgentNet
 from k24.sharing import make_sharing
 

@@ -414,7 +414,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
         train(config, tmp_path / "run")
     message = str(caught.value)
     # Whichever overflows first is named.
-    assert message.startswith(("loss_td is ", "the gradient is ")) and "lower lr (=30.0)" in message and "\n" not in message
+    assert message.startswith(("loss_td is ", "the gradient of loss_td is ")) and "lower lr (=30.0)" in message and "\n" not in message
     run = load_run(tmp_path / "run")
     assert run.steps >= 16
     assert all(bool(torch.isfinite(p).all()) for p in run.learner.net.parameters())

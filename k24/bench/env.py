@@ -11,12 +11,11 @@ import importlib
 import io
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
 import tyro
-from torch import Tensor
 from tyro.conf import Positional
 
 from k24.bench.timing import race
@@ -24,7 +23,7 @@ from k24.config import TrainConfig
 from k24.envs import TeamEnv
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner
-from k24.learners import NetActor, RandomActor, ValueConfig
+from k24.learners import NetActor, PPOConfig, RandomActor, ValueConfig
 
 # Steps of the whole batch in one sample.
 _SAMPLE_SECONDS = 0.25
@@ -85,15 +84,11 @@ def bench_env(options: BenchEnv) -> dict[str, Any]:
     env, alone = (build_env(config, options.envs, "cpu", options.workers) for _ in range(2))
     try:
         if env.spec.continuous:
-            actor: Any = _RandomVectors(env)
-        else:
-            actor = build_learner(config, env.spec).actor("act")
+            # The same recurrent net, of a learner that has continuous actions.
+            config = replace(config, algo="ippo", learner=PPOConfig())
         functions = {
-            "acting": _player(env, actor),
-            "random": _player(
-                alone,
-                _RandomVectors(alone) if alone.spec.continuous else RandomActor(alone.spec.n_actions, torch.Generator().manual_seed(0)),
-            ),
+            "acting": _player(env, build_learner(config, env.spec).actor("act")),
+            "random": _player(alone, RandomActor(alone.spec.n_actions, torch.Generator().manual_seed(0), alone.spec.continuous)),
         }
         raw = _raw(options) if options.raw else None
         if raw is not None:
@@ -108,7 +103,6 @@ def bench_env(options: BenchEnv) -> dict[str, Any]:
         "envs": options.envs,
         "workers": options.workers,
         "threads": options.threads,
-        "net": not env.spec.continuous,
         "env_steps_per_s": round(found["acting"]),
         "random_steps_per_s": round(found["random"]),
         "raw_steps_per_s": round(found["raw"]) if "raw" in found else None,
@@ -116,21 +110,7 @@ def bench_env(options: BenchEnv) -> dict[str, Any]:
     }
 
 
-class _RandomVectors:
-    """Random continuous actions; no learner acts in these tasks yet."""
-
-    def __init__(self, env: TeamEnv) -> None:
-        self._shape = (env.spec.n_agents, env.n_envs, env.spec.n_actions)
-        self._random = torch.Generator().manual_seed(0)
-
-    def reset(self, rows: int) -> None:
-        """Nothing to forget."""
-
-    def __call__(self, observation: Any) -> Tensor:
-        return torch.rand(self._shape, generator=self._random) * 2 - 1
-
-
-def _player(env: TeamEnv, actor: NetActor | RandomActor | _RandomVectors) -> Callable[[], None]:
+def _player(env: TeamEnv, actor: NetActor | RandomActor) -> Callable[[], None]:
     """One step of the whole batch per call."""
     seen = env.reset(0)
     actor.reset(env.n_envs)

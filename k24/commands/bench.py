@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from k24.commands.options import parse
-from k24.commands.train import Interrupted
+from k24.commands.options import parse, peek
+from k24.commands.train import Interrupted, refuse_options_of_others
 from k24.errors import RunError, unknown_name
 
 if TYPE_CHECKING:
@@ -34,30 +34,45 @@ def bench_command(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from k24.bench import BenchTrain, bench_train, header, machine
+    from k24.bench import bench_train, header, machine, train_options
+    from k24.learners import LEARNERS
 
-    options = parse(BenchTrain, arguments, "bench train")
+    start = train_options(peek(arguments, "--algo") or "qmix")
+    refuse_options_of_others(start.algo, {algo: type(train_options(algo)) for algo in LEARNERS}, arguments)
+    text = f"{type(start).__doc__} Each --algo has options of its own: these are those of {start.algo}."
+    options: Any = parse(type(start), arguments, "bench train", start, text)
     print(header(machine(), options.threads))
     what = {
         "update_ms": f"one update, {options.algo}-{options.sharing}",
         "dense_ms": "same, one dense net",
         "stepwise_ms": "same, dense, step by step",
+        "one_critic_ms": "same, one dense critic",
+        "all_rows_ms": "same, every critic on every row",
+        "two_networks_ms": "same, two critics, a network each",
     }
     found = bench_train(
         options, lambda name, median, spread: print(f"{what[name]:<40} {median:8.2f} ms  (middle half within {spread:.2f})")
     )
-    print(f"memory grown by the update {found['update_mb']:.0f} MB; fast and step-by-step path differ by {found['max_rel_err']:.1e}")
-    if options.unit_types:
+    print(f"memory grown by the update {found['update_mb']:.0f} MB; fast and plain path differ by {found['max_rel_err']:.1e}")
+    if "critics" in found:
+        print(
+            f"an update of {found['critics']} critics takes {found['over_one_critic']:.2f} times as long as of one; on every row "
+            f"{found['all_rows_over_one_critic']:.2f}, and two networks {found['two_networks_over_one_critic']:.2f} times"
+        )
+    if "types_act_us" in found:
         print(
             f"rows that choose among {options.unit_types} slots: update {found['types_update_ms']:.1f} ms, "
             f"{found['types_update_over_agents']:.2f} times one slot per agent; acting in {options.envs} environments "
             f"{found['types_act_us']:.0f} µs, {found['types_act_over_agents']:.2f} times"
         )
-    if options.task:
-        print(
-            f"whole loop on {options.task}: {found['env_steps_per_s']:,} env steps/s at one update per 25, "
-            f"{found['env_steps_per_s_rare']:,} at one per 1664"
-        )
+    loops = {
+        "env_steps_per_s": f"{options.algo}-{options.sharing}",
+        "env_steps_per_s_rare": "one update per 1664 steps",
+        "dense_env_steps_per_s": "one dense net",
+        "two_networks_env_steps_per_s": "two critics, a network each",
+    }
+    if whole := [f"{found[name]:,} env steps/s ({label})" for name, label in loops.items() if name in found]:
+        print(f"whole loop on {options.task}: {', '.join(whole)}")
     print(json.dumps(found))
 
 
@@ -177,7 +192,7 @@ def _env(arguments: list[str]) -> None:
     options = parse(BenchEnv, arguments, "bench env", description="Time environment steps with a net acting, beside the raw simulator.")
     print(header(machine(), options.threads))
     found = bench_env(options)
-    who = f"a {options.sharing} net of {options.hidden} acting" if found["net"] else "random continuous actions"
+    who = f"a {options.sharing} net of {options.hidden} acting"
     print(f"{options.task}, {options.envs} environments, {options.workers} worker processes")
     print(f"  {'with ' + who:<36} {found['env_steps_per_s']:>10,} env steps/s")
     print(f"  {'with random actions':<36} {found['random_steps_per_s']:>10,}")
@@ -189,5 +204,5 @@ def _env(arguments: list[str]) -> None:
 KINDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "inference": (_inference, "layers and acting steps beside dense torch, ONNX Runtime and our own dense kernel"),
     "env": (_env, "environment steps with a net acting, beside the raw simulator"),
-    "train": (_train, "one whole gradient step beside a dense net unrolled step by step, and whole training loops"),
+    "train": (_train, "one whole update beside dense nets unrolled step by step, or critics of other kinds, and whole training loops"),
 }

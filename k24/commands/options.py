@@ -60,9 +60,9 @@ def _one_line(message: str, command: str) -> str:
 def peek(arguments: Sequence[str], flag: str) -> str | None:
     """The value of ``--flag VALUE`` or ``--flag=VALUE``, which stays; of several the last, which is the one that counts."""
     found = None
-    for item, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for k, item in enumerate(arguments):
         if item == flag:
-            found = following
+            found = arguments[k + 1] if k + 1 < len(arguments) else None
         elif item.startswith(flag + "="):
             found = item[len(flag) + 1 :]
     return found

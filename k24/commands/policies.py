@@ -74,7 +74,7 @@ def eval_command(arguments: list[str]) -> None:
             given = "--env-args" if options.env_args else "--task" if options.task is not None else f"--backend {options.backend}"
             raise UsageError(f"{given} needs a policy file: {options.run} is a run, export it with 'k24 export' first")
         phase: Any = {"argmax": "deploy", "sampled": "sampled", "expected": "act"}[options.masks]
-        player = open_run(options.run, device, phase, options.random, options.sample)
+        player = open_run(options.run, device, phase, options.random, options.sample, options.seed)
     env = player.make_env(min(options.episodes, 64))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 def train_command(arguments: list[str]) -> None:
     """Reads the options and trains."""
     from k24.config import PRESETS, TrainConfig, for_algo, load_config, preset
+    from k24.learners import LEARNERS
 
     given = list(arguments)
     out, config_file, preset_name = take(given, "--out"), take(given, "--config"), take(given, "--preset")
@@ -60,7 +61,7 @@ def train_command(arguments: list[str]) -> None:
     if given and not given[0].startswith("-"):
         given[:1] = ["--task", given[0]]
     start = for_algo(base, peek(given, "--algo") or base.algo)
-    _refuse_options_of_others(start, given)
+    refuse_options_of_others(start.algo, {algo: learner.settings for algo, learner in LEARNERS.items()}, given)
     text = (
         "Train a team. TASK comes first, as suite/name. Also: --out DIR (run folder), --resume (go on with the run there), "
         f"--config FILE (repeat a run), --preset NAME ({', '.join(PRESETS)}), --quiet (no progress bar). "
@@ -73,17 +74,24 @@ def train_command(arguments: list[str]) -> None:
     run_training(config, Path(out) if out is not None else None, resume, quiet)
 
 
-def _refuse_options_of_others(config: Any, given: list[str]) -> None:
-    """Says which algorithms know an option that the chosen one lacks; any other that is not known is left to the parser."""
-    from k24.learners import LEARNERS
+def refuse_options_of_others(algo: str, settings: Mapping[str, type], given: Sequence[str]) -> None:
+    """Says which algorithms know an option that the chosen one lacks; any other that is not known is left to the parser.
 
-    fields = {algo: {f.name for f in dataclasses.fields(learner.settings)} for algo, learner in LEARNERS.items()}
+    Args:
+        algo: The chosen one.
+        settings: The dataclass of each algorithm's options.
+        given: Arguments.
+
+    Raises:
+        UsageError: There is such an option.
+    """
+    names = {known: {f.name for f in dataclasses.fields(options)} for known, options in settings.items()}
     for item in given:
         flag = item.partition("=")[0]
         name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-        having = [algo for algo in LEARNERS if name in fields[algo]]
-        if flag.startswith("--") and having and config.algo not in having:
-            raise UsageError(f"{flag} is no option of {config.algo}, but of {', '.join(having)}: leave it out, or change --algo")
+        having = [known for known in names if name in names[known]]
+        if flag.startswith("--") and having and algo not in having:
+            raise UsageError(f"{flag} is no option of {algo}, but of {', '.join(having)}: leave it out, or change --algo")
 
 
 def run_training(config: Any, folder: Path | None, resume: bool = False, quiet: bool = False) -> Any:

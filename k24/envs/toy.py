@@ -247,7 +247,7 @@ class ReachGame(TeamEnv):
     def _begin(self) -> Observation:
         """Puts everyone back to the middle."""
         self._clock = 0
-        self._place = torch.zeros(self.spec.n_agents, self.n_envs, self.spec.n_actions, device=self.device)
+        self._place: Tensor = torch.zeros(self.spec.n_agents, self.n_envs, self.spec.n_actions, device=self.device)
         return self._observe()
 
     def _observe(self) -> Observation:

@@ -62,8 +62,8 @@ class Learner(Protocol):
         """Gradient steps taken."""
         ...
 
-    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
-        """The present policy: its best or likeliest actions, or actions drawn from it."""
+    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
+        """The present policy: its best or likeliest actions, or actions drawn from it with a seed."""
         ...
 
     def random_actor(self) -> RandomActor:

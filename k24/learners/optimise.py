@@ -21,7 +21,6 @@ from k24.envs.base import EnvSpec
 from k24.errors import LAST_GOOD, RunError, UsageError
 from k24.nets import AgentNet, Weights, detach_weights
 from k24.sharing.base import Events, Sharing
-from k24.sharing.dense import Dense
 from k24.sparse.dynamics import clear_moments, drop_state
 from k24.sparse.slots import SlotRule, SlotWeights
 
@@ -40,11 +39,6 @@ def rule_for(rule: SlotRule | None, spec: EnvSpec, sharing: Sharing) -> SlotRule
     if rule.n_slots != sharing.n_slots:
         raise UsageError(f"the slot rule has {rule.n_slots} slots and the sharing scheme {sharing.n_slots}: give both the same")
     return rule
-
-
-def dense_critics(n_slots: int | None, ensemble: bool) -> Sharing:
-    """The plain choice of a :data:`CriticSharing`: a network for each slot, two where their number is left open."""
-    return Dense(n_slots or 2, own=True)
 
 
 class Trainee:

@@ -20,12 +20,13 @@ from torch import Tensor
 from k24.actions import KINDS, StochasticKind
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
-from k24.learners.optimise import CriticSharing, Trainee, dense_critics, rule_for
+from k24.learners.optimise import CriticSharing, Trainee, rule_for
 from k24.learners.replay import Episodes, last_steps
 from k24.learners.rollout import NetActor, RandomActor, collect_episodes, drawn, likeliest, slots_of
 from k24.learners.statistics import PolicyPool, RunningMoments
 from k24.learners.targets import clipped_value_loss, gae, masked_mean, ppo_loss
 from k24.nets import AgentNet, Weights
+from k24.sharing import dense_critics
 from k24.sharing.base import Sharing
 from k24.sparse.slots import Phase, SlotRule
 
@@ -219,10 +220,10 @@ class PPOLearner:
         self._pool.fill(self._fresh)
         return self._fresh
 
-    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
+    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
         """Who acts with the weights of ``phase``: by the likeliest action, or by drawing from the policy."""
         weights = self.policy.acting() if phase == "act" else self.net.snapshot(phase)
-        choose = drawn(self._kind, torch.Generator(self.device).manual_seed(0)) if sample else likeliest(self._kind)
+        choose = drawn(self._kind, torch.Generator(self.device).manual_seed(seed)) if sample else likeliest(self._kind)
         return NetActor(self.net, weights, choose, self.rule)
 
     def random_actor(self) -> RandomActor:

@@ -18,12 +18,13 @@ from torch import Tensor
 from k24.actions import KINDS
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
-from k24.learners.optimise import CriticSharing, Target, Trainee, dense_critics, rule_for
+from k24.learners.optimise import CriticSharing, Target, Trainee, rule_for
 from k24.learners.replay import EpisodeReplay, Episodes, Transitions
 from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, likeliest, noisy, slots_of
 from k24.learners.statistics import PolicyPool
 from k24.learners.targets import smoothed, td3_target
 from k24.nets import AgentNet, Weights
+from k24.sharing import dense_critics
 from k24.sharing.base import Events, Sharing
 from k24.sparse.slots import Phase, SlotRule
 
@@ -199,7 +200,7 @@ class TD3Learner:
         self._pool.fill(episodes)
         return episodes
 
-    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
+    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
         """Who acts with the weights of ``phase``, without noise.
 
         Raises:

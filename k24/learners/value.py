@@ -192,7 +192,7 @@ class ValueLearner:
         self._pool.fill(episodes)
         return episodes
 
-    def actor(self, phase: Phase = "act", sample: bool = False) -> NetActor:
+    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
         """Who acts, by the action of largest value with the weights of ``phase``.
 
         Raises:

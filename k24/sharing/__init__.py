@@ -78,6 +78,11 @@ def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemb
     return make_sharing(requested, make_sharing(requested, 1, config).critics if n_slots is None else n_slots, config)
 
 
+def dense_critics(n_slots: int | None, ensemble: bool) -> Sharing:
+    """The plain scheme of critics: a dense network for each slot, two where their number is left open."""
+    return Dense(n_slots or Dense.critics, own=True)
+
+
 __all__ = [
     "SCHEMES",
     "Dense",
@@ -88,6 +93,7 @@ __all__ = [
     "Sharing",
     "SharingConfig",
     "SlotLayer",
+    "dense_critics",
     "make_critic_sharing",
     "make_sharing",
 ]
