@@ -117,9 +117,7 @@ def build_env(config: TrainConfig, n_envs: int, device: torch.device | str = "cp
     env = make_env(config.task, n_envs, device, config.workers if workers is None else workers, **kwargs)
     if isinstance(other, Policy) and KINDS[other.spec.action].continuous != env.spec.continuous:
         names = ("continuous", "discrete") if env.spec.continuous else ("discrete", "continuous")
-        raise UsageError(
-            f"opponents: {config.task} has {names[0]} actions, and {opponents} chooses {names[1]} ones: train one on this task"
-        )
+        raise UsageError(f"opponents: {config.task} has {names[0]} actions, and {opponents} chooses {names[1]} ones: train one for it")
     return env if side is None and opponents is None else FixedOpponents(env, side, other)
 
 

@@ -198,7 +198,7 @@ def disagreement(net: AgentNet, sharing: Sharing, obs: Tensor, plain: Plain) -> 
     for forward in (lambda w: net(w, obs, h0)[0], lambda w: plain(net, w, obs, h0)):
         outputs = forward(net.materialise("train"))
         gradients = torch.autograd.grad(outputs.square().mean(), wanted, allow_unused=True)
-        results.append([outputs.detach(), *(g for g in gradients if g is not None)])
+        results.append([outputs.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True))])
     return max(float((x - y).abs().max() / y.abs().max().clamp_min(1e-8)) for x, y in zip(*results, strict=True))
 
 

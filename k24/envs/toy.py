@@ -215,6 +215,7 @@ class ReachGame(TeamEnv):
     """
 
     optimal_return = 1.0
+    _place: Tensor
 
     def __init__(self, n_envs: int, device: str | torch.device = "cpu", n_agents: int = 2, max_steps: int = 3, n_dims: int = 1) -> None:
         for name, value, least in (("n_agents", n_agents, 2), ("max_steps", max_steps, 2), ("n_dims", n_dims, 1)):
@@ -247,7 +248,7 @@ class ReachGame(TeamEnv):
     def _begin(self) -> Observation:
         """Puts everyone back to the middle."""
         self._clock = 0
-        self._place: Tensor = torch.zeros(self.spec.n_agents, self.n_envs, self.spec.n_actions, device=self.device)
+        self._place = torch.zeros(self.spec.n_agents, self.n_envs, self.spec.n_actions, device=self.device)
         return self._observe()
 
     def _observe(self) -> Observation:

@@ -62,8 +62,11 @@ class Episodes:
         Args:
             index: int64, their numbers.
         """
-        chosen: Any = {name: getattr(self, name) for name in EPISODE_AXIS}
-        return Episodes(**{k: None if v is None else v.index_select(EPISODE_AXIS[k], index) for k, v in chosen.items()})
+        chosen: Any = {}
+        for name, axis in EPISODE_AXIS.items():
+            value = getattr(self, name)
+            chosen[name] = None if value is None else value.index_select(axis, index)
+        return Episodes(**chosen)
 
     @classmethod
     def empty(cls, spec: EnvSpec, count: int, device: torch.device, avail: bool, alive: bool = False, won: bool = False) -> Episodes:
