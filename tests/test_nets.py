@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from k24.bench import stepwise_forward
@@ -144,6 +145,92 @@ def test_masks_make_agents_differ_without_an_index() -> None:
         net = some_net(name, agent_id=False)
         q, _ = net(net.snapshot("deploy"), obs, h)
         assert not torch.allclose(q[0], q[1], atol=1e-3)
+
+
+# --- without recurrence ----------------------------------------------------------------------------------------------------------
+
+
+def feed_forward(name: str, layer_norm: bool = False, agent_id: bool | None = None, **masks) -> AgentNet:
+    sharing = make_sharing(name, AGENTS, SharingConfig(masks=K24Config(hetero_init_scale=1.0, **masks)))
+    net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, sharing, agent_id, recurrent=False, layer_norm=layer_norm)
+    sharing.resample(0.3)
+    return net
+
+
+def in_plain_torch(net: AgentNet, weights: list[SlotWeights], obs: Tensor, slots: Tensor) -> Tensor:
+    """Row by row: ``[A, T, N, U]``, zero for a row of no slot."""
+    out = obs.new_zeros(*obs.shape[:-1], ACTIONS)
+    for at in (slots >= 0).nonzero().tolist():
+        agent, t, n = at
+        x, slot = obs[agent, t, n], int(slots[agent, t, n])
+        if net.agent_id:
+            x = torch.cat([x, torch.eye(AGENTS)[agent]])
+        for k, made in enumerate(weights):
+            x = made.weight[min(slot, len(made.weight) - 1)] @ x + made.bias[min(slot, len(made.bias) - 1)]
+            if k < 2:
+                x = F.relu(F.layer_norm(x, (HIDDEN,)) if net.layer_norm else x)
+        out[agent, t, n] = x
+    return out
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_net_without_recurrence_against_plain_torch(name: str, layer_norm: bool) -> None:
+    net = feed_forward(name, layer_norm)
+    assert list(net.layers) == ["fc1", "fc2", "fc3"]
+    obs, weights, h = some_inputs()[0], net.materialise("train"), net.initial_state(4)
+    assert h.shape == (AGENTS, 4, 0)
+    own = torch.arange(AGENTS)[:, None, None].expand(AGENTS, 6, 4)
+    expected = in_plain_torch(net, weights, obs, own)
+    whole, last = net(weights, obs, h)
+    assert last.shape == h.shape
+    assert torch.allclose(whole, expected, atol=1e-5)
+    steps = torch.cat([net(weights, obs[:, t : t + 1], h)[0] for t in range(6)], 1)
+    assert torch.allclose(whole, steps, atol=1e-6), "time folded into rows is one step after the other"
+    upstream = torch.randn_like(whole)
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad((q * upstream).sum(), wanted, retain_graph=True, allow_unused=True) for q in (whole, expected)]
+    for mine, definition in zip(*gradients, strict=True):
+        assert (mine is None) == (definition is None)
+        assert mine is None or torch.allclose(mine, definition, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("name", ["k24", "nops", "fups_id"])
+def test_slots_without_recurrence(name: str, layer_norm: bool) -> None:
+    net = feed_forward(name, layer_norm)
+    obs, weights, h = some_inputs()[0], net.materialise("train"), net.initial_state(4)
+    slots = torch.randint(-1, AGENTS, (AGENTS, 6, 4))
+    assert torch.allclose(net(weights, obs, h, slots=slots)[0], in_plain_torch(net, weights, obs, slots), atol=1e-5)
+    alive = torch.rand(AGENTS, 6, 4) < 0.6
+    own = torch.arange(AGENTS)[:, None, None].expand(AGENTS, 6, 4)
+    expected = in_plain_torch(net, weights, obs, own.where(alive, -1))
+    assert torch.allclose(net(weights, obs, h, alive=alive)[0], expected, atol=1e-5)
+    assert torch.allclose(net(weights, obs, h, slots=own.where(alive, -1))[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_slots", [False, True])
+@pytest.mark.parametrize("partly", [False, True])
+def test_without_recurrence_a_sequence_is_observed_once(partly: bool, by_slots: bool) -> None:
+    net = feed_forward("k24", agent_id=False, ema_momentum=0.75)
+    obs, h = some_inputs()[0], net.initial_state(4)
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]).bool() if partly else None
+    alive = torch.rand(AGENTS, 6, 4) < 0.6
+    slots = torch.arange(AGENTS)[:, None, None].expand(AGENTS, 6, 4).where(alive, -1)
+    who = {"slots": slots} if by_slots else {"alive": alive}
+    net(net.materialise("train"), obs, h, valid, observe=True, **who)
+    for agent in range(AGENTS):
+        rows = obs[agent][alive[agent] if valid is None else alive[agent] & valid]
+        expected = 0.75 * 1.0 + 0.25 * rows.abs().mean(0)
+        assert torch.allclose(net.layers["fc1"].ema[agent], expected, atol=1e-6), "one batch of 24 rows, not six of four"
+
+
+def test_every_slot_is_asked_alike_without_recurrence() -> None:
+    net = feed_forward("k24", agent_id=True)
+    obs, weights = torch.randn(4, OBS), net.snapshot("deploy")
+    own = torch.arange(AGENTS)[:, None, None].expand(AGENTS, 1, 4)
+    expected = in_plain_torch(net, weights, obs.expand(AGENTS, 1, 4, OBS), own)
+    assert torch.allclose(net.compare(weights, obs), expected[:, 0], atol=1e-5)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------------------

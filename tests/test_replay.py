@@ -89,6 +89,15 @@ def test_it_always_holds_the_newest(capacity: int, batches: list[int], avail: bo
         assert contents(replay) == list(range(max(0, added - capacity), added))
 
 
+def test_of_a_batch_larger_than_all_room_the_last_are_kept() -> None:
+    replay = EpisodeReplay(SPEC, 3, CPU)
+    replay.add(marked([1]))
+    replay.add(marked([2, 3, 4, 5, 6]))
+    assert contents(replay) == [4, 5, 6]
+    replay.add(marked([7]))
+    assert contents(replay) == [5, 6, 7], "the oldest makes room, wherever it lies"
+
+
 def test_what_is_sampled_is_a_copy() -> None:
     replay = EpisodeReplay(SPEC, 3, CPU)
     batch = marked([1, 2, 3])
@@ -116,6 +125,95 @@ def test_sampling_is_without_replacement_uniform_and_repeatable() -> None:
     draws = [numbers_of(replay.sample(10, torch.Generator().manual_seed(5))) for _ in range(2)]
     assert draws[0] == draws[1] != sorted(draws[0])
     assert sorted(draws[0]) == list(range(10))
+
+
+# --- transitions -----------------------------------------------------------------------------------------------------------------
+
+
+def whose_moments(lengths: list[int], first: int, continuous: bool, alive: bool) -> Episodes:
+    """Episodes that say in every field whose moment it is: number times 100 plus time. Behind the end there is nothing but NaN."""
+    spec = EnvSpec(2, 3, 1, 2, 6, continuous)
+    batch = Episodes.empty(spec, len(lengths), CPU, avail=False, alive=alive)
+    length = torch.tensor(lengths)
+    moment = 100.0 * (first + torch.arange(len(lengths))) + torch.arange(7.0)[:, None]
+    agents = torch.tensor([0.0, 0.25])[:, None, None]
+    seen = torch.arange(7)[:, None] <= length
+    batch.valid[:] = seen[1:]
+    batch.obs[:] = torch.where(seen, moment + agents, torch.nan)[..., None]
+    batch.state[:] = torch.where(seen, moment, torch.nan)[..., None]
+    batch.reward[:] = torch.where(batch.valid, (moment[:-1] % 7) * torch.tensor([1.0, 10.0])[:, None, None], torch.nan)
+    batch.actions[:] = (moment[:-1] + agents)[..., None] if continuous else (moment[:-1] + 1000 * agents).long()
+    for k, n in enumerate(lengths):
+        batch.terminated[n - 1, k] = (first + k) % 2 == 0  # a time limit ends the odd ones
+    if batch.alive is not None:
+        batch.alive[:] = (moment + 4 * agents) % 3 < 2
+    return batch
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=9),
+    round_size=st.integers(1, 4),
+    capacity=st.integers(4, 9),
+    n_step=st.integers(1, 8),
+    gamma=st.sampled_from([0.0, 0.5, 1.0]),
+    continuous=st.booleans(),
+    alive=st.booleans(),
+)
+def test_transitions_against_a_walk_through_the_episodes(
+    lengths: list[int], round_size: int, capacity: int, n_step: int, gamma: float, continuous: bool, alive: bool
+) -> None:
+    replay = EpisodeReplay(EnvSpec(2, 3, 1, 2, 6, continuous), capacity, CPU)
+    g = torch.Generator().manual_seed(0)
+    for first in range(0, len(lengths), round_size):
+        replay.add(whose_moments(lengths[first : first + round_size], first, continuous, alive))
+        replay.sample_transitions(3, n_step, gamma, g)  # what was played is counted again after each round
+    drawn = replay.sample_transitions(60, n_step, gamma, g)
+    assert (drawn.alive is not None) == (drawn.next_alive is not None) == alive
+    kept = range(max(0, len(lengths) - capacity), len(lengths))
+    visited = set()
+    for k in range(60):
+        number, t = divmod(int(drawn.state[k, 0]), 100)
+        visited.add((number, t))
+        steps = min(n_step, lengths[number] - t)
+        rewards = [11.0 * ((100 * number + t + j) % 7) for j in range(steps)]
+        ended = t + steps == lengths[number] and number % 2 == 0
+        moment, later = 100.0 * number + t, 100.0 * number + t + steps
+        assert drawn.returns[k] == pytest.approx(sum(gamma**j * r for j, r in enumerate(rewards)))
+        assert drawn.discount[k] == pytest.approx(0.0 if ended else gamma**steps)
+        assert drawn.next_state[k, 0] == later
+        for agent in range(2):
+            assert (drawn.obs[agent, k] == moment + 0.25 * agent).all()
+            assert (drawn.next_obs[agent, k] == later + 0.25 * agent).all()
+            assert (drawn.actions[agent, k] == moment + (0.25 if continuous else 250) * agent).all()
+            if drawn.alive is not None and drawn.next_alive is not None:
+                assert drawn.alive[agent, k] == ((moment + agent) % 3 < 2)
+                assert drawn.next_alive[agent, k] == ((later + agent) % 3 < 2)
+    assert visited <= {(number, t) for number in kept for t in range(lengths[number])}
+    assert drawn.actions.dtype == (torch.float32 if continuous else torch.int64)
+    assert drawn.actions.shape == ((2, 60, 2) if continuous else (2, 60))
+
+
+def test_every_step_is_as_likely_as_any_other() -> None:
+    replay = EpisodeReplay(EnvSpec(2, 3, 1, 2, 6, True), 5, CPU)
+    replay.add(whose_moments([1, 6, 3], 0, True, False))
+    drawn = replay.sample_transitions(10_000, 2, 0.9, torch.Generator().manual_seed(0))
+    moments, counts = drawn.state[:, 0].unique(return_counts=True)
+    assert moments.tolist() == [0, 100, 101, 102, 103, 104, 105, 200, 201, 202]
+    # A thousand each, with a standard deviation of 30.
+    assert (counts - 1000).abs().max() < 120
+    again = replay.sample_transitions(10_000, 2, 0.9, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.state, again.state)
+
+
+def test_transitions_after_a_round_trip() -> None:
+    replay, other = (EpisodeReplay(EnvSpec(2, 3, 1, 2, 6, True), 5, CPU) for _ in range(2))
+    other.add(whose_moments([6, 6], 50, True, True))
+    other.sample_transitions(1, 1, 0.9, torch.Generator())
+    replay.add(whose_moments([1, 6, 3], 0, True, True))
+    other.load_state_dict(copy.deepcopy(replay.state_dict()))
+    draws = [r.sample_transitions(50, 3, 0.9, torch.Generator().manual_seed(0)) for r in (replay, other)]
+    for mine, theirs in zip(*draws, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -229,6 +231,52 @@ def test_a_policy_that_keeps_moving_still_has_a_quiet_end() -> None:
     looks = [*range(10, 71, 10), *range(71, 75)]
     resets = [k for k in range(1, 75) if one_step(scheme, k, 1.0 if k in looks else None).resets]
     assert resets == [10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_slots_masks_are_drawn_anew_and_nothing_else(slot: int) -> None:
+    scheme = some_scheme(hetero_init_scale=0.5)
+    for k in (1, 2):
+        one_step(scheme, k)
+    before = [copy.deepcopy(layer.state_dict()) for layer in scheme.masked]
+    resets = scheme.reset_slot(slot, torch.Generator().manual_seed(1))
+    assert [r.parameter for r in resets] == [layer.alpha for layer in scheme.masked]
+    for layer, reset, old in zip(scheme.masked, resets, before, strict=True):
+        own = torch.zeros_like(layer.alpha, dtype=torch.bool)
+        own[slot] = True
+        assert torch.equal(reset.entries, own)
+        assert torch.equal(layer.alpha != old["alpha"], own)
+        assert all(torch.equal(value, old[name]) for name, value in layer.state_dict().items() if name != "alpha")
+    fresh = torch.cat([layer.alpha[slot].detach().flatten() for layer in scheme.masked])
+    assert fresh.mean().abs() < 0.12
+    assert fresh.std() == pytest.approx(0.5, rel=0.2), "the distribution of the start"
+    assert one_step(scheme, 3).resets == [], "a turn of one slot does not bring the next reset forward"
+    scheme.reset_slot(slot, torch.Generator().manual_seed(1))
+    assert torch.equal(torch.cat([layer.alpha[slot].detach().flatten() for layer in scheme.masked]), fresh)
+
+
+def test_a_slots_thresholds_are_drawn_anew_in_kaleidoscope() -> None:
+    scheme = make_sharing("kaleidoscope", 3)
+    scheme.linear(8, 16, "hidden")
+    resets = scheme.reset_slot(1, torch.Generator().manual_seed(1))
+    assert resets
+    for reset in resets:
+        assert reset.entries[1].all()
+        assert not reset.entries[[0, 2]].any()
+        assert -10 <= reset.parameter[1].min() <= reset.parameter[1].max() <= -5
+
+
+def test_slots_that_have_nothing_of_their_own_are_not_reset() -> None:
+    frozen = some_scheme(freeze_at=0.5)
+    one_step(frozen, 60)
+    others = [make_sharing(name, 2) for name in ("k24_random", "k24_shared", "fups", "fups_id", "nops")]
+    for scheme in others:
+        scheme.linear(8, 16, "hidden")
+    for scheme in (frozen, *others):
+        before = [copy.deepcopy(layer.state_dict()) for layer in scheme.layers]
+        assert scheme.reset_slot(0) == []
+        for layer, old in zip(scheme.layers, before, strict=True):
+            assert all(torch.equal(value, old[name]) for name, value in layer.state_dict().items())
 
 
 def test_alphas_leave_the_optimiser_when_they_retire() -> None:

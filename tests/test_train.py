@@ -20,7 +20,7 @@ from k24.envs import Observation, Step, make_env
 from k24.envs.base import TeamEnv
 from k24.errors import CheckpointError, RunError, UsageError
 from k24.evaluate import load_run
-from k24.learners import ValueConfig
+from k24.learners import PPOConfig, TD3Config, ValueConfig
 from k24.sharing import K24Config, KaleidoscopeConfig
 from k24.train import MetricLog, default_folder, round_seed, train
 
@@ -154,9 +154,64 @@ def test_seeds_of_rounds_are_valid_and_differ():
 # --- determinism ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["toy/memory", "mpe/simple_spread"])
-def test_the_same_seed_gives_the_same_run(tmp_path, task):
-    config = change(task=task) if task.startswith("toy") else _spread()
+def _spread(**values: Any) -> TrainConfig:
+    """A short run on a simulator: 8 rounds of 2 episodes of 25 steps."""
+    pytest.importorskip("vmas")
+    learner = {"batch_size": 2, "env_steps_per_update": 25, "buffer_size": 8}
+    return change(task="mpe/simple_spread", steps=400, envs=2, eval_every=200, learner=learner, **values)
+
+
+# Two passes over each round of 4 episodes, two episodes at a time.
+PPO = PPOConfig(lr=5e-3, critic_lr=5e-3, epochs=2, minibatches=2)
+FEED_FORWARD = dataclasses.replace(PPO, recurrent=False)
+# Random play in the first round; from the second on two steps of the critics and one of the policy in each.
+TD3 = TD3Config(lr=5e-3, critic_lr=5e-3, n_step=3, batch_size=16, buffer_size=128, env_steps_per_update=8, warmup=32)
+# As long as an episode of toy/memory, with continuous actions.
+REACH = {"task": "toy/reach", "env_args": ("max_steps=4",)}
+
+# What runs are like, as changes to ``BASE``.
+RUNS: dict[str, dict[str, Any]] = {
+    "expected": {},
+    "sample": {"masks": {"forward": "sample"}},
+    "gumbel": {"masks": {"forward": "gumbel"}},
+    "gumbel_soft": {"masks": {"forward": "gumbel_soft", "temperature_on": "all"}},
+    "never frozen": {"masks": {"freeze_at": 2.0}},
+    "EMA corrected": {"masks": {"ema_bias_correction": True, "ema_every": 3, "ema_norm": "rms", "logits": "sum"}},
+    "adaptive resets": {"masks": {"adaptive_reset": True, "kl_threshold": 1e-9, "reset_interval": 0, "reset_ratio": 0.5}},
+    "resets": {"masks": {"reset_interval": 3, "reset_ratio": 0.5, "alpha_lr_scale": 500.0}},
+    "k24_random": {"sharing": "k24_random"},
+    "k24_shared": {"sharing": "k24_shared"},
+    "kaleidoscope": {"sharing": "kaleidoscope", "kaleidoscope": {"reset_interval": 40, "reset_ratio": 0.5, "threshold_lr_scale": 100.0}},
+    "nops": {"sharing": "nops"},
+    "fups_id": {"sharing": "fups_id"},
+    "iql": {"algo": "iql", "learner": {"optimiser": "rmsprop", "td_lambda": 0.6, "individual_rewards": True}},
+    "vdn": {"algo": "vdn", "learner": {"target_tau": 0.1, "n_step": 3, "standardise_rewards": False}},
+    "ippo": {"algo": "ippo", "learner": PPO},
+    "mappo": {"algo": "mappo", "learner": dataclasses.replace(PPO, critic_sharing="k24", individual_rewards=True)},
+    "ippo, masks that move": {
+        "algo": "ippo",
+        "learner": dataclasses.replace(PPO, target_kl=0.02),
+        "masks": {"forward": "sample", "adaptive_reset": True, "kl_threshold": 1e-9, "reset_interval": 5, "reset_ratio": 0.5},
+    },
+    "ippo without recurrence": {"algo": "ippo", "sharing": "nops", "learner": FEED_FORWARD},
+    "mappo without recurrence": {"algo": "mappo", "learner": FEED_FORWARD},
+    "ippo, continuous": REACH | {"algo": "ippo", "sharing": "kaleidoscope", "learner": FEED_FORWARD},
+    "mappo, continuous": REACH | {"algo": "mappo", "learner": dataclasses.replace(PPO, normalise_values=False)},
+    # A critic's masks are drawn anew in rounds 4, 7, 10 and 13; policy and critics freeze in round 16.
+    "matd3": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_reset_interval=50)},
+    "matd3, a network for each critic": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_sharing="nops")},
+    "matd3, adaptive resets": REACH
+    | {
+        "algo": "matd3",
+        "learner": dataclasses.replace(TD3, critic_rows="all", critics=3, layer_norm=False, policy_delay=1),
+        "masks": {"forward": "gumbel", "adaptive_reset": True, "kl_threshold": 1e-9, "reset_interval": 7, "reset_ratio": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["expected", "ippo", "mappo", "ippo, continuous", "mappo, continuous", "matd3", "a simulator"])
+def test_the_same_seed_gives_the_same_run(tmp_path, name):
+    config = change(**RUNS[name]) if name in RUNS else _spread()
     for k, name in enumerate(("a", "b")):
         # What a program did with the global generators before has no influence, and a run does not touch them.
         torch.manual_seed(k)
@@ -176,36 +231,10 @@ def test_another_seed_gives_another_run(whole, tmp_path):
 # --- resuming ------------------------------------------------------------------------------------------------------------------
 
 
-def _spread(**values: Any) -> TrainConfig:
-    """A short run on a simulator: 8 rounds of 2 episodes of 25 steps."""
-    pytest.importorskip("vmas")
-    learner = {"batch_size": 2, "env_steps_per_update": 25, "buffer_size": 8}
-    return change(task="mpe/simple_spread", steps=400, envs=2, eval_every=200, learner=learner, **values)
-
-
-RESUMED = {
-    "expected": {},
-    "sample": {"masks": {"forward": "sample"}},
-    "gumbel": {"masks": {"forward": "gumbel"}},
-    "gumbel_soft": {"masks": {"forward": "gumbel_soft", "temperature_on": "all"}},
-    "never frozen": {"masks": {"freeze_at": 2.0}},
-    "EMA corrected": {"masks": {"ema_bias_correction": True, "ema_every": 3, "ema_norm": "rms", "logits": "sum"}},
-    "adaptive resets": {"masks": {"adaptive_reset": True, "kl_threshold": 1e-9, "reset_interval": 0, "reset_ratio": 0.5}},
-    "resets": {"masks": {"reset_interval": 3, "reset_ratio": 0.5, "alpha_lr_scale": 500.0}},
-    "k24_random": {"sharing": "k24_random"},
-    "k24_shared": {"sharing": "k24_shared"},
-    "kaleidoscope": {"sharing": "kaleidoscope", "kaleidoscope": {"reset_interval": 40, "reset_ratio": 0.5, "threshold_lr_scale": 100.0}},
-    "nops": {"sharing": "nops"},
-    "fups_id": {"sharing": "fups_id"},
-    "iql": {"algo": "iql", "learner": {"optimiser": "rmsprop", "td_lambda": 0.6, "individual_rewards": True}},
-    "vdn": {"algo": "vdn", "learner": {"target_tau": 0.1, "n_step": 3, "standardise_rewards": False}},
-}
-
-
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, name):
-    """Stopped before the first update, before the freeze and after it, each time to be resumed."""
-    config = change(**RESUMED[name])
+    """Stopped after the first round, before the freeze and after it, each time to be resumed."""
+    config = change(**RUNS[name])
     train(config, tmp_path / "whole")
     done = 0
     for rounds in (1, 9, 8):

@@ -100,6 +100,7 @@ class Trainee:
         for group in self.optimiser.param_groups:
             group["lr"] = self._lr * group["scale"] * (1 + (final - 1) * min(fallen, 1.0))
         self.sharing.resample(progress, generator)
+        self._acting = None  # even if no step follows: the temperature has moved, and the masks with it
         return self.net.materialise("train")
 
     def step(self, loss: Tensor, weights: Weights) -> None:

@@ -329,7 +329,7 @@ class PPOLearner:
             yield whole
             return
         order = torch.randperm(whole.episodes.count, generator=self.generator, device=self.device)
-        for index in order.chunk(self.config.minibatches):
+        for index in order.tensor_split(self.config.minibatches):
             yield whole.part(index)
 
     def _outputs(self, weights: Weights, episodes: Episodes, slots: Tensor | None, alive: Tensor | None, observe: bool = False) -> Tensor:

@@ -139,9 +139,11 @@ class EpisodeReplay:
         self._played: Tensor | None = None
 
     def add(self, episodes: Episodes) -> None:
-        """Takes a batch, over the oldest where full."""
+        """Takes a batch, over the oldest where full; the last of it where it is larger than all there is room for."""
         if self._data is None:
             self._data = self._empty(**{name: getattr(episodes, name) is not None for name in ("avail", "alive", "won")})
+        if episodes.count > self.capacity:
+            episodes = episodes.part(torch.arange(episodes.count - self.capacity, episodes.count, device=self.device))
         index = (torch.arange(episodes.count, device=self.device) + self._next) % self.capacity
         for name, axis in EPISODE_AXIS.items():
             mine, new = getattr(self._data, name), getattr(episodes, name)
