@@ -47,7 +47,7 @@ class AgentNet(nn.Module):
         agent_id: Append the agent's one-hot index to its observation; the scheme's preference when None.
         recurrent: Whether there is a GRU. Without one a hidden state has no units, ``[A, N, 0]``.
         layer_norm: Normalise what goes into each ReLU (Ba et al. 2016, arXiv 1607.06450, without gain and bias: the layers that follow
-            have them). Such a net cannot be exported.
+            have them). Only without recurrence; such a net cannot be exported.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class AgentNet(nn.Module):
         layer_norm: bool = False,
     ) -> None:
         super().__init__()
+        assert not (recurrent and layer_norm), "packed sequences know no normalisation"
         self.n_agents, self.hidden, self.obs_dim, self.n_outputs = n_agents, hidden, obs_dim, n_outputs
         self.recurrent, self.layer_norm = recurrent, layer_norm
         self.n_slots = sharing.n_slots

@@ -22,7 +22,9 @@ class RunningMoments:
         self.count, self.mean, self.square = 0.0, 0.0, 0.0
 
     def update(self, values: Tensor) -> None:
-        """Takes a batch of any shape."""
+        """Takes a batch of any shape; an empty one says nothing."""
+        if not values.numel():
+            return
         values = values.double()
         n, mean = values.numel(), float(values.mean())
         delta, total = mean - self.mean, self.count + n
