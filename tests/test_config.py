@@ -88,7 +88,9 @@ def test_presets_of_mujoco_differ_by_what_kaleidoscope_adds():
     assert (plain.sharing, plain.learner.critics, kaleidoscope.sharing, kaleidoscope.learner.critics) == ("k24", None, "kaleidoscope", 5)
     assert kaleidoscope.kaleidoscope == KaleidoscopeConfig(div_coef=0.1, reset_interval=1_000_000, reset_ratio=0.5)
     learner = dataclasses.replace(kaleidoscope.learner, critics=None)
-    assert dataclasses.replace(kaleidoscope, sharing="k24", learner=learner, kaleidoscope=KaleidoscopeConfig()) == plain
+    assert plain.masks == K24Config(alpha_lr_scale=10.0)
+    changed = {"sharing": "k24", "learner": learner, "kaleidoscope": KaleidoscopeConfig(), "masks": plain.masks}
+    assert dataclasses.replace(kaleidoscope, **changed) == plain
 
 
 def test_the_help_of_a_name_lists_what_there_is():
