@@ -75,7 +75,7 @@ REACH = {
             critic_lr=3e-3,
             n_step=1,
             batch_size=64,
-            env_steps_per_update=4,
+            env_steps_per_update=6,
             warmup=600,
             target_tau=0.05,
             exploration_noise=0.3,
@@ -113,9 +113,8 @@ def test_every_learner_is_here():
 def test_every_learner_lets_agents_specialise_by_every_scheme(tmp_path, algo, sharing):
     # What cannot tell agents apart gets a game where it need not.
     config = by(algo, ONE_STEP, sharing=sharing, task="toy/matrix" if sharing == "fups" else "toy/specialisation")
-    if LEARNERS[algo].settings is ValueConfig and sharing != "fups":
-        # Kaleidoscope starts with agents that are nearly alike, and takes longer to tell them apart.
-        config = dataclasses.replace(config, steps=2400 if sharing == "kaleidoscope" else 1600)
+    if LEARNERS[algo].settings is ValueConfig and sharing == "kaleidoscope":
+        config = dataclasses.replace(config, steps=2400)  # it starts with agents that are nearly alike, and takes longer to tell them apart
     assert learned(config, tmp_path) == pytest.approx(GAMES[config.task].optimal_return)
 
 
@@ -144,11 +143,11 @@ def test_what_was_seen_is_remembered(tmp_path, algo):
     assert learned(by(algo, SEVERAL_STEPS, task="toy/memory"), tmp_path) == pytest.approx(MemoryGame.optimal_return)
 
 
-@pytest.mark.parametrize(
-    ("algo", "sharing"), [*((algo, "k24") for algo in CHOOSE), ("qmix", "nops"), ("qmix", "kaleidoscope"), ("ippo", "nops")]
-)
+@pytest.mark.parametrize(("algo", "sharing"), [*((algo, "k24") for algo in CHOOSE), ("qmix", "nops"), ("qmix", "kaleidoscope")])
 def test_units_learn_what_their_type_must_do(tmp_path, algo, sharing):
     config = by(algo, SEVERAL_STEPS, task="toy/units", sharing=sharing, slots="unit_type")
+    if LEARNERS[algo].settings is PPOConfig:
+        config = dataclasses.replace(config, steps=3200)  # rounds are half as long as those of toy/memory
     found = train(config, tmp_path / "run").evaluation
     assert found["win_rate"] == 1
     assert found["return_mean"] == pytest.approx(UnitGame(1).optimal_return, abs=0.1)  # how many die is luck
