@@ -20,7 +20,7 @@ import torch
 from k24.errors import CheckpointError
 from k24.files import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 
 

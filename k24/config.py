@@ -106,7 +106,7 @@ class TrainConfig:
             raise UsageError(
                 f"hidden (={self.hidden}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
             )
-        self.learner.check(self.algo, self.envs)
+        self.learner.check(self.algo, self.envs, self.steps)
         _ = self.env_kwargs
 
     @property

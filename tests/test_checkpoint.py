@@ -226,11 +226,11 @@ def test_code_in_a_checkpoint_is_never_run(two, tmp_path, how):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"format": 99, "steps": 20, "state": {}}, "has format 99, this k24 reads format 1: use the k24 version that wrote it"),
+        ({"format": 99, "steps": 20, "state": {}}, "has format 99, this k24 reads format 2: use the k24 version that wrote it"),
         ({"steps": 20, "state": {}}, "has format None"),
         ([1, 2], "has format list"),
-        ({"format": 1, "state": {}}, "holds no run"),
-        ({"format": 1, "steps": 20, "state": 3}, "holds no run"),
+        ({"format": checkpoint.FORMAT, "state": {}}, "holds no run"),
+        ({"format": checkpoint.FORMAT, "steps": 20, "state": 3}, "holds no run"),
     ],
 )
 def test_another_format(two, content, message):

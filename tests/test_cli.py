@@ -504,7 +504,7 @@ def test_actions_that_cannot_be_drawn(reached, finished, tmp_path, capfd):
 
 def test_a_run_is_not_resumed_by_another_algorithm(reached, capfd):
     before = contents(reached["ippo"])
-    for algo, options in (("mappo", ["--clip", "0.1"]), ("matd3", [])):
+    for algo, options in (("mappo", ["--clip", "0.1"]), ("matd3", ["--warmup", "10"])):
         found = refused(capfd, "train", "--resume", "--out", str(reached["ippo"]), "--algo", algo, *options)
         assert found.startswith(f"{reached['ippo']} was started with algo=ippo, now it is {algo}: resume with the same settings")
     found = refused(capfd, "train", "--resume", "--out", str(reached["ippo"]), "--clip", "0.1")
@@ -575,7 +575,7 @@ def _flip(folder: Path) -> None:
 
 
 def _pickle(folder: Path) -> None:
-    _replace(_newest(folder), pickle.dumps({"format": 1, "steps": 320, "state": _Bomb(str(folder / "executed"))}))
+    _replace(_newest(folder), pickle.dumps({"format": 2, "steps": 320, "state": _Bomb(str(folder / "executed"))}))
 
 
 def _format(folder: Path) -> None:
@@ -584,7 +584,7 @@ def _format(folder: Path) -> None:
 
 
 def _empty_state(folder: Path) -> None:
-    torch.save({"format": 1, "steps": 320, "state": {}}, folder / "x")
+    torch.save({"format": 2, "steps": 320, "state": {}}, folder / "x")
     _replace(_newest(folder), (folder / "x").read_bytes())
 
 
@@ -610,7 +610,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (_cut, "is damaged or cut short ("),
     "flipped": (_flip, "bytes, its checksum differs): delete it to go on from step_000000000288.pt"),
     "code": (_pickle, "holds more than tensors and plain values (none of it was run): delete it to go on from step_000000000288.pt"),
-    "format": (_format, "has format 99, this k24 reads format 1: use the k24 version that wrote it, or start over"),
+    "format": (_format, "has format 99, this k24 reads format 2: use the k24 version that wrote it, or start over"),
     "empty": (_empty_state, "does not fit its config.yaml (KeyError: "),
     "index": (_index, "checkpoints/index.json is damaged: restore it, or start over with another --out"),
     "gone": (_gone, "step_000000000320.pt is gone: restore it, or start over with another --out"),

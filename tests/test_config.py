@@ -211,8 +211,17 @@ def test_critics_follow_the_policy_as_far_as_that_makes_sense(n_slots, ensemble,
         found = make_critic_sharing(policy, "auto", n_slots, ensemble)
         assert described(found) == described(make_critic_sharing("nops", expected[policy], n_slots, ensemble)), policy
         for requested in SCHEMES:
+            if ensemble and n_slots > 1 and requested in OWN_NETWORKS:
+                with pytest.raises(UsageError, match=f"critic_sharing {requested} makes all critics one"):
+                    make_critic_sharing(policy, requested, n_slots, ensemble)
+                continue
             asked = make_critic_sharing(policy, requested, n_slots, ensemble)
             assert described(asked) == described(SCHEMES[requested](n_slots, SharingConfig()))
+
+
+def test_a_run_that_would_never_learn_is_refused():
+    with pytest.raises(UsageError, match=r"warmup \(=10000\) leaves nothing of steps \(=3000\)"):
+        TrainConfig(task="toy/reach", algo="matd3", steps=3000)
 
 
 def test_how_many_critics_an_ensemble_has():

@@ -224,7 +224,9 @@ def test_targets_follow_all_the_way_when_masks_freeze() -> None:
     learner.update(some_batch(), 0.4, 0)
     for made, target in zip(learner.net.snapshot("act"), learner._target.weights, strict=True):
         assert not torch.equal(made.weight, target.weight)
+    behind = [target.weight.clone() for target in learner._target.weights]
     learner.update(some_batch(), 0.5, 0)  # the critics freeze, the policy has no step
+    assert all(torch.equal(target.weight, old) for target, old in zip(learner._target.weights, behind, strict=True))
     for made, target in zip(learner.critic.net.snapshot("deploy"), learner._target_critic.weights, strict=True):
         assert torch.equal(made.weight, target.weight)
     learner.update(some_batch(), 0.5, 0)  # and now the policy
@@ -237,7 +239,7 @@ def test_critics_are_reset_in_turn_until_they_freeze() -> None:
     layers = [layer for layer in learner.critic.net.layers.values() if isinstance(layer, MaskedLinear)]
     assert len(layers) == 3
     turns, optimiser = [], learner.critic.optimiser
-    # Jumps over several intervals are made up for, one reset a step.
+    # A round that jumps over several intervals resets one critic, not one after the other in consecutive steps.
     for env_steps in (0, 99, 100, 150, 199, 230, 300, 399, 400, 720, 720, 720, 720):
         learner.update(some_batch(seed=env_steps), 0.1, env_steps)
         cleared = []
@@ -249,7 +251,7 @@ def test_critics_are_reset_in_turn_until_they_freeze() -> None:
             assert all(m.any() for name, m in optimiser.state[layer.weight].items() if name != "step"), "what all critics share is kept"
         assert cleared[0] == cleared[1] == cleared[2]
         turns.append(cleared[0])
-    assert turns == [set(), set(), {0}, set(), set(), {1}, {2}, set(), {0}, {1}, {2}, {0}, set()]
+    assert turns == [set(), set(), {0}, set(), set(), {1}, {2}, set(), {0}, {1}, set(), set(), set()]
     learner.update(some_batch(), 0.6, 720)
     frozen = [layer.alpha.detach().clone() for layer in layers]
     for env_steps in (800, 900, 1000):

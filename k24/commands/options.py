@@ -42,10 +42,10 @@ def parse(cls: type[T], arguments: Sequence[str], command: str, default: T | Non
 
 def _one_line(message: str, command: str) -> str:
     """The first paragraph of a boxed message, and the option it suggests."""
-    rows = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in message.splitlines()]
+    rows = [re.sub(r"[│╭╮╰╯]|^[+|]|[+|]$", "", line).strip() for line in message.splitlines()]
     paragraphs: list[list[str]] = [[]]
     for row in rows[1:]:
-        if set(row) <= {"─"} and row:
+        if set(row) <= {"─", "-"} and row:
             paragraphs.append([])
         elif row:
             paragraphs[-1].append(row)

@@ -92,12 +92,13 @@ class PPOConfig:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} (={getattr(self, name)}) must not be negative")
 
-    def check(self, algo: str, envs: int) -> None:
+    def check(self, algo: str, envs: int, steps: int) -> None:
         """Refuses what does not fit the rest of a run.
 
         Args:
             algo: ``ippo`` or ``mappo``.
             envs: Parallel environments, and so episodes of a round.
+            steps: Environment steps of the run.
         """
         if self.minibatches > envs:
             raise UsageError(f"minibatches (={self.minibatches}) must not exceed envs (={envs}): episodes are not cut")
@@ -255,7 +256,7 @@ class PPOLearner:
         Raises:
             RunError: A loss or a gradient is NaN or infinite; parameters are as they were before that step.
         """
-        c, seen = self.config, self._look_back(episodes)
+        c, seen = self.config, self._look_back(episodes.cut())
         trusted = True
         for _ in range(c.epochs):
             for part in self._parts(seen):

@@ -68,6 +68,15 @@ class Episodes:
             chosen[name] = None if value is None else value.index_select(axis, index)
         return Episodes(**chosen)
 
+    def cut(self) -> Episodes:
+        """The same without the steps that no episode lasted to."""
+        longest = int(self.valid.any(1).sum())
+        chosen: Any = {}
+        for name, axis in EPISODE_AXIS.items():
+            value = getattr(self, name)
+            chosen[name] = value if value is None or axis == 0 else value.narrow(axis - 1, 0, longest + (name in _ONE_MORE))
+        return Episodes(**chosen)
+
     @classmethod
     def empty(cls, spec: EnvSpec, count: int, device: torch.device, avail: bool, alive: bool = False, won: bool = False) -> Episodes:
         """Room for ``count`` episodes of an environment, filled with zeros; says which of the optional fields there are."""

@@ -79,8 +79,10 @@ class PolicyPool:
         alive = alive if slots is None else slots >= 0
         played = episodes.valid.expand(self._net.n_agents, -1, -1)
         counted = played if alive is None else played & alive[:, :-1]
-        seen = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)][:POOL]
-        self._obs = seen.clone() if len(seen) else None
+        seen = episodes.obs[:, :-1].permute(1, 2, 0, 3)[counted.permute(1, 2, 0)]
+        # Evenly over the steps of the episodes: the first rows of many environments are all of the first step.
+        chosen = torch.linspace(0, len(seen) - 1, min(POOL, len(seen))).long()
+        self._obs = seen[chosen.to(seen.device)] if len(seen) else None
 
     @torch.no_grad()
     def _outputs(self, phase: Phase) -> Tensor | None:

@@ -102,13 +102,16 @@ class TD3Config:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} (={getattr(self, name)}) must not be negative")
 
-    def check(self, algo: str, envs: int) -> None:
+    def check(self, algo: str, envs: int, steps: int) -> None:
         """Refuses what does not fit the rest of a run.
 
         Args:
             algo: ``matd3``.
             envs: Parallel environments, and so episodes of a round.
+            steps: Environment steps of the run.
         """
+        if self.warmup >= steps:
+            raise UsageError(f"warmup (={self.warmup}) leaves nothing of steps (={steps}) to learn in: lower it, or train longer")
 
 
 class TD3Learner:
@@ -171,7 +174,7 @@ class TD3Learner:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.replay = EpisodeReplay(spec, max(1, c.buffer_size // spec.episode_limit), self.device)
         self._pool = PolicyPool(self._kind, self.net, self.rule)
-        self._owed, self._resets = 0.0, 0
+        self._owed, self._resets, self._intervals = 0.0, 0, 0
 
     @property
     def updates(self) -> int:
@@ -231,8 +234,9 @@ class TD3Learner:
             self._owed = 0.0
             return
         due, self._owed = int(self._owed), self._owed - int(self._owed)
+        n_step = min(c.n_step, self.spec.episode_limit)
         for _ in range(due):
-            self.update(self.replay.sample_transitions(c.batch_size, c.n_step, c.gamma, self.generator), progress, env_steps)
+            self.update(self.replay.sample_transitions(c.batch_size, n_step, c.gamma, self.generator), progress, env_steps)
 
     def update(self, batch: Transitions, progress: float, env_steps: int) -> None:
         """One gradient step of the critics, and of the policy every ``policy_delay`` of these.
@@ -248,17 +252,17 @@ class TD3Learner:
         c = self.config
         weights = self.critic.begin(progress, self.generator)
         self.critic.step(self.critic_loss(batch, weights), weights)
-        events = [self.critic.settle(progress, env_steps, None, self.generator), self._reset_in_turn(env_steps)]
+        frozen = self.critic.settle(progress, env_steps, None, self.generator).frozen
+        self._reset_in_turn(env_steps)
         if self.updates % c.policy_delay == 0:
             weights = self.policy.begin(progress, self.generator)
             self.policy.step(self.policy_loss(batch, weights), weights)
             whole = self.policy.updates % MOVED_EVERY == 0
             moved = self._pool.moved() if self.sharing.wants_policy_kl and whole else None
-            events.append(self.policy.settle(progress, env_steps, moved, self.generator))
-            self._target.follow(c.target_tau)
+            events = self.policy.settle(progress, env_steps, moved, self.generator)
+            self._target.follow(1.0 if events.frozen else c.target_tau)
             self._target_critic.follow(c.target_tau)
-        if any(e.frozen for e in events):
-            self._target.follow()
+        if frozen:
             self._target_critic.follow()
 
     def critic_loss(self, batch: Transitions, weights: Weights) -> Tensor:
@@ -319,13 +323,13 @@ class TD3Learner:
         net = self.critic.net
         return net(weights, rows, net.initial_state(rows.shape[2]), observe=observe)[0][:, 0, :, 0]
 
-    def _reset_in_turn(self, env_steps: int) -> Events:
-        """Draws one critic's masks anew every so often, one critic after the other."""
+    def _reset_in_turn(self, env_steps: int) -> None:
+        """Draws one critic's masks anew every so often, one critic after the other; never several at once, however long a round is."""
         every = self.config.critic_reset_interval
-        if not every or env_steps < (self._resets + 1) * every:
-            return Events()
-        slot, self._resets = self._resets % self.n_critics, self._resets + 1
-        return self.critic.forget(Events(resets=self.critic.sharing.reset_slot(slot, self.generator)))
+        if not every or env_steps // every <= self._intervals:
+            return
+        slot, self._resets, self._intervals = self._resets % self.n_critics, self._resets + 1, env_steps // every
+        self.critic.forget(Events(resets=self.critic.sharing.reset_slot(slot, self.generator)))
 
     def metrics(self) -> dict[str, float]:
         """What to log, under public names; those of the critics' masks and steps begin with ``critic_``."""
@@ -345,7 +349,7 @@ class TD3Learner:
             "generator": self.generator.get_state(),
             "pool": self._pool.state_dict(),
             "owed": self._owed,
-            "resets": self._resets,
+            "resets": (self._resets, self._intervals),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -357,7 +361,7 @@ class TD3Learner:
         self.replay.load_state_dict(state["replay"])
         self.generator.set_state(state["generator"].cpu())
         self._pool.load_state_dict(state["pool"])
-        self._owed, self._resets = float(state["owed"]), int(state["resets"])
+        self._owed, (self._resets, self._intervals) = float(state["owed"]), state["resets"]
 
     def load_policy_state(self, state: dict) -> None:
         """Takes the policy's net and scheme alone: enough to act and to inspect."""

@@ -100,12 +100,13 @@ class ValueConfig:
         if not self.grad_clip > 0:
             raise UsageError(f"grad_clip {self.grad_clip} must be positive")
 
-    def check(self, algo: str, envs: int) -> None:
+    def check(self, algo: str, envs: int, steps: int) -> None:
         """Refuses what does not fit the rest of a run.
 
         Args:
             algo: ``iql``, ``vdn`` or ``qmix``.
             envs: Parallel environments, and so episodes of a round.
+            steps: Environment steps of the run.
         """
         if envs > self.buffer_size:
             raise UsageError(f"envs (={envs}) must not exceed buffer_size (={self.buffer_size}): a round adds that many episodes")
@@ -285,7 +286,7 @@ class ValueLearner:
             if c.td_lambda > 0:
                 target = td_lambda_targets(reward, v_tp1, terminated, last, c.gamma, c.td_lambda)
             else:
-                target = n_step_targets(reward, v_tp1, terminated, last, c.gamma, c.n_step)
+                target = n_step_targets(reward, v_tp1, terminated, last, c.gamma, min(c.n_step, self.spec.episode_limit))
         q_taken = q[:, :-1].gather(-1, batch.actions[..., None]).squeeze(-1)
         error = self._mix(self.mixer, q_taken, batch.state[:-1]) - target
         counted = None if valid is None else _like(valid, error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from k24.errors import unknown_name
+from k24.errors import UsageError, unknown_name
 from k24.sharing.base import Events, Sharing, SlotLayer
 from k24.sharing.dense import Dense, DenseLinear
 from k24.sharing.k24 import K24, K24Config
@@ -71,10 +71,12 @@ def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemb
         config: Settings.
 
     Raises:
-        UsageError: There is no such scheme.
+        UsageError: There is no such scheme, or it can't make critics of an ensemble differ.
     """
     if requested == "auto":
         requested = "fups" if n_slots == 1 else "nops" if ensemble and policy in _ONE_FOR_ALL else policy
+    if ensemble and requested in _ONE_FOR_ALL and n_slots != 1:
+        raise UsageError(f"critic_sharing {requested} makes all critics one: use nops or a masked scheme, or set critics to 1")
     return make_sharing(requested, make_sharing(requested, 1, config).critics if n_slots is None else n_slots, config)
 
 
