@@ -41,6 +41,19 @@ def rule_for(rule: SlotRule | None, spec: EnvSpec, sharing: Sharing) -> SlotRule
     return rule
 
 
+def check_rates(decay_start: float, final: float, **rates: float) -> None:
+    """Refuses learning rates, and a decay of theirs, that make no sense.
+
+    Args:
+        decay_start: Share of training after which they fall.
+        final: Share of them left at the end.
+        **rates: By the name of their setting.
+    """
+    if not all(rate > 0 for rate in rates.values()) or not 0 <= final <= 1 or not 0 <= decay_start <= 1:
+        named = " and ".join(f"{name} (={rate})" for name, rate in rates.items())
+        raise UsageError(f"{named} must be positive, lr_final (={final}) and lr_decay_start (={decay_start}) in [0, 1]")
+
+
 class Trainee:
     """A net, the scheme it is made by, and the optimiser of both.
 
@@ -149,10 +162,15 @@ class Trainee:
             self._acting = None
         return events
 
-    def metrics(self) -> dict[str, float]:
-        """Loss, norm of the gradient, the scheme's own metrics, steps taken and the learning rate."""
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Loss, norm of the gradient, the scheme's own metrics, steps taken and the learning rate.
+
+        Args:
+            prefix: Before every name but that of the loss, which is told apart by itself.
+        """
         counted = {"updates": float(self.updates), "lr": self.optimiser.param_groups[0]["lr"]}
-        return self._logged | self.sharing.metrics() | counted
+        found = self._logged | self.sharing.metrics() | counted
+        return {name if name == self.name else prefix + name: value for name, value in found.items()}
 
     def state_dict(self) -> dict:
         """Everything that is needed to go on bit for bit."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from k24.actions import KINDS, StochasticKind
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
-from k24.learners.optimise import CriticSharing, Trainee, rule_for
+from k24.learners.optimise import CriticSharing, Trainee, check_rates, rule_for
 from k24.learners.replay import Episodes, last_steps
 from k24.learners.rollout import NetActor, RandomActor, collect_episodes, drawn, likeliest, slots_of
 from k24.learners.statistics import PolicyPool, RunningMoments
@@ -33,7 +33,7 @@ from k24.sparse.slots import Phase, SlotRule
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of IPPO and MAPPO; the defaults are those of the MAPPO paper (Yu et al. 2022, arXiv 2103.01955)."""
+    """Settings of IPPO and MAPPO; defaults of the MAPPO paper (Yu et al. 2022, arXiv 2103.01955), but for rates that fall at the end."""
 
     lr: float = 5e-4
     """Learning rate of the policy."""
@@ -76,11 +76,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         """Checks each value, and those that depend on each other."""
-        if not self.lr > 0 or not self.critic_lr > 0 or not 0 <= self.lr_final <= 1 or not 0 <= self.lr_decay_start <= 1:
-            raise UsageError(
-                f"lr (={self.lr}) and critic_lr (={self.critic_lr}) must be positive, lr_final (={self.lr_final}) and lr_decay_start "
-                f"(={self.lr_decay_start}) in [0, 1]"
-            )
+        check_rates(self.lr_decay_start, self.lr_final, lr=self.lr, critic_lr=self.critic_lr)
         if not 0 <= self.gamma <= 1 or not 0 <= self.gae_lambda <= 1:
             raise UsageError(f"gamma (={self.gamma}) and gae_lambda (={self.gae_lambda}) must lie in [0, 1]")
         if self.epochs < 1 or self.minibatches < 1:
@@ -349,8 +345,7 @@ class PPOLearner:
 
     def metrics(self) -> dict[str, float]:
         """What to log, under public names; those of the critic's masks and steps begin with ``critic_``."""
-        critic = {name if name == "loss_value" else f"critic_{name}": value for name, value in self.critic.metrics().items()}
-        return self._logged | critic | self.policy.metrics() | self._pool.metrics()
+        return self._logged | self.critic.metrics("critic_") | self.policy.metrics() | self._pool.metrics()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 

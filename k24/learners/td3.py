@@ -18,7 +18,7 @@ from torch import Tensor
 from k24.actions import KINDS
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
-from k24.learners.optimise import CriticSharing, Target, Trainee, rule_for
+from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates, rule_for
 from k24.learners.replay import EpisodeReplay, Episodes, Transitions
 from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, likeliest, noisy, slots_of
 from k24.learners.statistics import PolicyPool
@@ -81,11 +81,7 @@ class TD3Config:
 
     def __post_init__(self) -> None:
         """Checks each value, and those that depend on each other."""
-        if not self.lr > 0 or not self.critic_lr > 0 or not 0 <= self.lr_final <= 1 or not 0 <= self.lr_decay_start <= 1:
-            raise UsageError(
-                f"lr (={self.lr}) and critic_lr (={self.critic_lr}) must be positive, lr_final (={self.lr_final}) and lr_decay_start "
-                f"(={self.lr_decay_start}) in [0, 1]"
-            )
+        check_rates(self.lr_decay_start, self.lr_final, lr=self.lr, critic_lr=self.critic_lr)
         if not 0 <= self.gamma <= 1 or not 0 < self.target_tau <= 1:
             raise UsageError(f"gamma (={self.gamma}) must lie in [0, 1] and target_tau (={self.target_tau}) in (0, 1]")
         for name in ("n_step", "batch_size", "policy_delay"):
@@ -333,8 +329,7 @@ class TD3Learner:
 
     def metrics(self) -> dict[str, float]:
         """What to log, under public names; those of the critics' masks and steps begin with ``critic_``."""
-        critic = {name if name == "loss_td" else f"critic_{name}": value for name, value in self.critic.metrics().items()}
-        return critic | self.policy.metrics() | self._pool.metrics()
+        return self.critic.metrics("critic_") | self.policy.metrics() | self._pool.metrics()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 

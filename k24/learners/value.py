@@ -20,7 +20,7 @@ from k24.actions import KINDS
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
 from k24.learners.mixers import make_mixer
-from k24.learners.optimise import CriticSharing, Target, Trainee, rule_for
+from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates, rule_for
 from k24.learners.replay import EpisodeReplay, Episodes, last_steps
 from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, epsilon_greedy, slots_of
 from k24.learners.statistics import PolicyPool, RunningMoments
@@ -79,10 +79,7 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         """Checks each value, and those that depend on each other."""
-        if not self.lr > 0 or not 0 <= self.lr_final <= 1 or not 0 <= self.lr_decay_start <= 1:
-            raise UsageError(
-                f"lr (={self.lr}) must be positive, lr_final (={self.lr_final}) and lr_decay_start (={self.lr_decay_start}) in [0, 1]"
-            )
+        check_rates(self.lr_decay_start, self.lr_final, lr=self.lr)
         if not 0 <= self.gamma <= 1 or not 0 <= self.td_lambda <= 1 or not 0 <= self.target_tau <= 1:
             raise UsageError(f"gamma (={self.gamma}), td_lambda (={self.td_lambda}) and target_tau (={self.target_tau}) must lie in [0, 1]")
         for name in ("batch_size", "n_step", "target_update", "env_steps_per_update", "mixer_embed", "hypernet_hidden"):
