@@ -116,12 +116,13 @@ class Trainee:
         self._acting = None  # even if no step follows: the temperature has moved, and the masks with it
         return self.net.materialise("train")
 
-    def step(self, loss: Tensor, weights: Weights) -> None:
+    def step(self, loss: Tensor, weights: Weights, size: Tensor | None = None) -> None:
         """One step down the loss, and the scheme's own.
 
         Args:
             loss: A scalar.
             weights: What :meth:`begin` gave.
+            size: How large the loss's terms are, where they cancel and their sum does not say; the loss itself when None.
 
         Raises:
             RunError: Loss or gradient is NaN or infinite, or depends on nothing that learns; parameters are as they were.
@@ -134,7 +135,7 @@ class Trainee:
             )
         if not loss.requires_grad:
             raise RunError(f"no row of the batch has a slot after {self.updates} updates, so there is nothing to learn from: see slots")
-        aux = self.sharing.aux_loss(weights, loss.detach())
+        aux = self.sharing.aux_loss(weights, loss.detach() if size is None else size)
         self.optimiser.zero_grad(set_to_none=True)
         (loss if aux is None else loss + aux).backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]

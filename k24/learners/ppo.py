@@ -274,7 +274,8 @@ class PPOLearner:
         if c.target_kl and float(moved) > c.target_kl:
             return False
         entropy = masked_mean(kind.entropy(outputs, avail, self.generator), part.counted)
-        self.policy.step(surrogate - c.entropy_coef * entropy, weights)
+        # Standardised advantages sum to about 0: what the policy can gain or lose is their size.
+        self.policy.step(surrogate - c.entropy_coef * entropy, weights, masked_mean(part.advantage.abs(), part.counted))
         self._logged = {"entropy": float(entropy.detach()), "clip_fraction": float(clipped), "approx_kl": float(moved)}
         apart = self._pool.moved() if self.sharing.wants_policy_kl else None
         events = self.policy.settle(progress, env_steps, apart, self.generator)

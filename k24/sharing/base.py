@@ -99,7 +99,7 @@ class Sharing(ABC):
 
         Args:
             weights: What ``materialise`` gave for this step, one per layer in the order of ``layers``.
-            task_loss: The learner's loss, for adaptive coefficients; not differentiated.
+            task_loss: Size of the learner's loss, for adaptive coefficients; not differentiated.
         """
         return None
 

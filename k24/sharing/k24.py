@@ -165,6 +165,8 @@ class K24(Sharing):
         for layer in self.masked:
             fresh = torch.empty_like(layer.alpha[slot]).normal_(generator=generator)
             layer.alpha[slot] = fresh * layer.config.hetero_init_scale
+            # What the old masks kept says nothing of the new ones: until the next reset all its weights count as kept.
+            layer.usage[slot] = layer.usage_steps.float()
             resets.append(Reset(layer.alpha, of_slot(layer.alpha, slot)))
         return resets
 
