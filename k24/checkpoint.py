@@ -8,20 +8,33 @@ are kept; reading uses torch's ``weights_only`` mode, which runs no code.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from k24.errors import CheckpointError
-from k24.files import write_atomically
+from k24.files import atomic_file, write_atomically
 
-FORMAT = 2
+FORMAT = 3
 KEEP = 2
+
+
+class _Hashed:
+    """A file that takes the checksum of what is written to it: the whole of a checkpoint is never in memory twice."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:
@@ -33,13 +46,12 @@ def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:
         state: Tensors, numbers, strings, and containers of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "steps": steps, "state": state}, buffer)
-    data = buffer.getvalue()
     path = folder / f"step_{steps:012d}.pt"
-    write_atomically(path, data)
+    with atomic_file(path) as file:
+        written = _Hashed(file)
+        torch.save({"format": FORMAT, "steps": steps, "state": state}, written)  # type: ignore[arg-type]
     entries = [e for e in _read_index(folder) if e["file"] != path.name and (folder / e["file"]).is_file()]
-    entries.append({"file": path.name, "steps": steps, "sha256": hashlib.sha256(data).hexdigest()})
+    entries.append({"file": path.name, "steps": steps, "sha256": written.digest.hexdigest()})
     write_atomically(folder / "index.json", json.dumps(entries[-KEEP:], indent=1).encode())
     kept = {e["file"] for e in entries[-KEEP:]}
     for old in folder.glob("step_*.pt*"):
@@ -48,12 +60,13 @@ def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[int, dict[str, Any]] | None:
+def load_checkpoint(folder: Path, device: torch.device | str = "cpu", mapped: bool = False) -> tuple[int, dict[str, Any]] | None:
     """Reads the newest checkpoint.
 
     Args:
         folder: ``checkpoints/`` of a run.
         device: Where tensors go.
+        mapped: Leave tensors in the file until they are looked at, for those who want the policy and not the replay.
 
     Returns:
         Environment steps done and the state, or None if there is no checkpoint yet.
@@ -71,13 +84,14 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> tuple[i
     before = (
         f"delete it to go on from {entries[-2]['file']}" if len(entries) > 1 else "there is no earlier one: start over with another --out"
     )
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise CheckpointError(f"checkpoint {path} is damaged or cut short ({len(data)} bytes, its checksum differs): {before}")
+    with open(path, "rb") as file:
+        same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+    if not same:
+        raise CheckpointError(f"checkpoint {path} is damaged or cut short ({path.stat().st_size} bytes, its checksum differs): {before}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one error is enough for a file that is none of ours
-            content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is none of ours, or holds more than tensors and plain values (none of it was run): {before}"

@@ -20,6 +20,8 @@ from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig, SharingConfig
 from k24.sparse.patterns import PatternSet
 
 MAX_HIDDEN = 16_384
+# Beyond any count of steps, episodes or environments.
+MAX_COUNT = 10**12
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,15 @@ class TrainConfig:
 
 
 def _require_finite(config: Any) -> None:
-    """Refuses a setting that is NaN or infinite: comparisons with NaN are false, so range checks may miss it."""
+    """Refuses a setting that is NaN or infinite, which range checks may miss (comparisons with NaN are false), or beyond counting."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             _require_finite(value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{f.name} (={value}) must be a finite number")
+        elif isinstance(value, int) and value > MAX_COUNT and f.name != "seed":
+            raise UsageError(f"{f.name} (={value}) is above {MAX_COUNT:.0e}: nothing here can be that many")
 
 
 # What MATD3 in multi-agent MuJoCo has in common (Kaleidoscope, arXiv 2410.08540, appendix). One update per round of 20 environments.
@@ -157,6 +161,7 @@ _MATD3_MAMUJOCO: dict[str, Any] = {
     "steps": 10_000_000,
     "hidden": 256,
     "envs": 20,
+    "checkpoint_every": 500_000,  # with the replay in it, one holds up to a gigabyte
     "learner": {
         "n_step": 10,
         "batch_size": 1000,

@@ -161,7 +161,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu", act: bool = False
             f"results/mpe/simple_spread/qmix-k24/seed0"
         )
     config = load_config(folder / "config.yaml")
-    found = load_checkpoint(folder / "checkpoints", device)
+    found = load_checkpoint(folder / "checkpoints", device, mapped=True)
     if found is None:
         raise UsageError(f"{folder} has no checkpoint yet: train longer, or resume it with --resume")
     steps, state = found

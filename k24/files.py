@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file by new contents, or leaves it as it was.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that replaces ``path`` once all is written; if that fails, ``path`` stays as it was.
 
     The contents go to a temporary file beside it, are flushed to disk, and only then take its name.
 
@@ -17,7 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -29,3 +33,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replaces a file by new contents, or leaves it as it was; see :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from k24.allocator import keep_freed_memory
+from k24.allocator import keep_freed_memory, told_when_memory_is_short
 from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.errors import UsageError
@@ -154,6 +154,17 @@ def train(
         UsageError: Something is wrong before anything starts.
         RunError: Something failed while running; the last checkpoint is good.
     """
+    with told_when_memory_is_short("use less of buffer_size, batch_size, envs, eval_episodes or hidden"):
+        return _train(config, folder, resume, on_progress, should_stop)
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> Result:
     if not config.task:
         raise UsageError("no task given: 'k24 tasks' lists them, for example mpe/simple_spread")
     folder, config = folder or default_folder(config), pinned(config)

@@ -226,7 +226,10 @@ def test_code_in_a_checkpoint_is_never_run(two, tmp_path, how):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"format": 99, "steps": 20, "state": {}}, "has format 99, this k24 reads format 2: use the k24 version that wrote it"),
+        (
+            {"format": 99, "steps": 20, "state": {}},
+            f"has format 99, this k24 reads format {checkpoint.FORMAT}: use the k24 version that wrote it",
+        ),
         ({"steps": 20, "state": {}}, "has format None"),
         ([1, 2], "has format list"),
         ({"format": checkpoint.FORMAT, "state": {}}, "holds no run"),

@@ -15,9 +15,11 @@ from torch.distributions import Categorical, Normal
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.errors import RunError
 from k24.learners import PPOConfig, PPOLearner
+from k24.learners.ppo import _Played
 from k24.learners.replay import Episodes
 from k24.sharing import K24Config, SharingConfig, make_sharing
 from k24.sparse import MaskedLinear
+from k24.sparse.scoring import MaskForward
 from k24.sparse.slots import by_unit_type
 
 AGENTS, OBS, STATE, ACTIONS = 2, 3, 4, 3
@@ -181,9 +183,9 @@ def test_a_row_without_a_slot_is_as_good_as_dead() -> None:
     learner._values = lambda *_, **__: torch.tensor(values).transpose(1, 2)  # type: ignore[method-assign]
     batch.alive = None
     seen = learner._look_back(batch)
-    assert seen.alive is None
-    assert seen.slots is not None
-    assert (seen.slots[:, 3, 0] == -1).all(), "what is behind the end is of no unit"
+    assert seen.played.alive is None
+    assert seen.played.slots is not None
+    assert (seen.played.slots[:, 3, 0] == -1).all(), "what is behind the end is of no unit"
     for name in ("counted", "valued"):
         assert torch.equal(getattr(seen, name), getattr(expected, name))
     assert torch.allclose(seen.advantage[seen.counted], expected.advantage[seen.counted])
@@ -221,6 +223,26 @@ def test_at_the_first_step_the_policy_is_what_it_was(algo: str, scheme: str, rec
     assert metrics["updates"] == metrics["critic_updates"] == 1
     learner.learn(0.1, 20)
     assert learner.updates == 1, "a round is learned from once"
+
+
+@pytest.mark.parametrize("forward", ["expected", "sample", "gumbel"])
+@pytest.mark.parametrize("algo", ["ippo", "mappo"])
+def test_a_round_is_learned_from_with_the_masks_that_acted_in_it(algo: str, forward: MaskForward) -> None:
+    config = SharingConfig(masks=K24Config(forward=forward, hetero_init_scale=1.0))
+    masked: Callable = lambda n, ensemble: make_sharing("k24", n or 1, config)  # noqa: E731
+    spec = some_spec()
+    learner = PPOLearner(algo, spec, make_sharing("k24", AGENTS, config), PPOConfig(epochs=1), hidden=8, critic_sharing=masked)
+    for k in range(3):
+        learner.gather(Drift(spec), 20 * k, seed=k)
+        acted = [learner.net.snapshot("train")[0].weight, learner.critic.net.snapshot("train")[0].weight]
+        learner.learn(0.2 * k, 20 * k)
+        metrics = learner.metrics()
+        assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+        assert metrics["clip_fraction"] == 0.0
+        if forward != "expected":
+            learner._draw()
+            drawn = [learner.net.snapshot("train")[0].weight, learner.critic.net.snapshot("train")[0].weight]
+            assert all(((a != 0) != (b != 0)).any() for a, b in zip(acted, drawn, strict=True)), "each round has masks of its own"
 
 
 @pytest.mark.parametrize("continuous", [False, True])
@@ -322,31 +344,31 @@ def test_minibatches_partition_the_episodes(count: int, minibatches: int, alive:
     learner = some_learner("ippo", spec=spec, minibatches=minibatches, recurrent=False)
     whole = learner._look_back(some_episodes(spec, [1 + k % 2 for k in range(count)], alive=alive))
     marks = torch.arange(float(count))
-    whole.episodes.obs[:] = marks[:, None]
-    whole.episodes.reward[:] = marks
+    whole.played.episodes.obs[:] = marks[:, None]
+    whole.played.episodes.reward[:] = marks
     whole = whole._replace(log_prob=marks.expand(2, 2, count), target=marks.expand(2, 2, count), advantage=marks.expand(2, 2, count))
     parts = list(learner._parts(whole))
     assert len(parts) == minibatches
     assert sorted(name for part in parts for name in part.target[0, 0].tolist()) == marks.tolist()
-    sizes = [part.episodes.count for part in parts]
+    sizes = [part.played.episodes.count for part in parts]
     assert max(sizes) - min(sizes) <= 1
     for part in parts:
         names = part.target[0, 0]
-        assert torch.equal(part.episodes.obs[0, 0, :, 0], names)
-        assert torch.equal(part.episodes.reward[1, 1], names)
+        assert torch.equal(part.played.episodes.obs[0, 0, :, 0], names)
+        assert torch.equal(part.played.episodes.reward[1, 1], names)
         assert torch.equal(part.log_prob[1, 1], names)
         assert torch.equal(part.advantage[0, 1], names)
         assert torch.equal(part.value, whole.value[..., names.long()])
-        assert torch.equal(part.episodes.valid[1], names % 2 == 1)
+        assert torch.equal(part.played.episodes.valid[1], names % 2 == 1)
         assert part.counted is None or torch.equal(part.counted, whole.counted[..., names.long()])  # type: ignore[index]
-        assert (part.alive is None) != alive
+        assert (part.played.alive is None) != alive
 
 
 def test_every_pass_takes_all_minibatches_in_an_order_of_its_own() -> None:
     learner = some_learner(epochs=3, minibatches=2)
     seen: list[list[float]] = []
     policy_step = learner._policy_step
-    learner._policy_step = lambda part, *rest: (seen.append(part.episodes.obs[0, 0, :, 0].tolist()), policy_step(part, *rest))[1]  # type: ignore
+    learner._policy_step = lambda part, *rest: (seen.append(part.played.episodes.obs[0, 0, :, 0].tolist()), policy_step(part, *rest))[1]  # type: ignore
     batch = some_episodes(learner.spec, [5] * 6)
     learner.update(batch, 0.1, 0)
     assert learner.policy.updates == learner.critic.updates == 6
@@ -418,20 +440,21 @@ def test_numbers_that_are_none_leave_everything_as_it_was() -> None:
 def test_what_the_critic_sees(algo: str, sees: str, ignores: str, recurrent: bool) -> None:
     learner = some_learner(algo, recurrent=recurrent)
     batch = some_episodes(learner.spec, [5, 3])
-    weights = learner.critic.acting()
-    value = learner._values(weights, batch, None, None)
+    weights, played = learner.critic.acting(), _Played(batch, None, None, None)
+    value = learner._values(weights, played)
     assert value.shape == ((1 if algo == "mappo" else AGENTS), 6, 2)
     getattr(batch, ignores).fill_(9.0)
-    assert torch.equal(learner._values(weights, batch, None, None), value)
+    assert torch.equal(learner._values(weights, played), value)
     getattr(batch, sees).fill_(9.0)
-    assert (learner._values(weights, batch, None, None) != value).all()
+    assert (learner._values(weights, played) != value).all()
 
 
 def test_a_central_critic_has_one_output_for_each_reward() -> None:
     for own, outputs in ((False, 1), (True, AGENTS)):
         learner = some_learner("mappo", individual_rewards=own)
         assert learner.critic.net.n_outputs == outputs
-        assert learner._values(learner.critic.acting(), some_episodes(learner.spec, [5, 3]), None, None).shape == (outputs, 6, 2)
+        played = _Played(some_episodes(learner.spec, [5, 3]), None, None, None)
+        assert learner._values(learner.critic.acting(), played).shape == (outputs, 6, 2)
 
 
 @pytest.mark.parametrize(("algo", "slots"), [("mappo", 1), ("ippo", AGENTS)])
@@ -448,6 +471,7 @@ def test_critics_are_made_as_asked(algo: str, slots: int) -> None:
     assert all(isinstance(layer, MaskedLinear) for layer in learner.critic.net.layers.values())
     assert not any(isinstance(layer, MaskedLinear) for layer in learner.net.layers.values())
     learner.update(some_episodes(learner.spec, [5, 5]), 0.2, 0)
+    learner.gather(Drift(learner.spec), 10, seed=0)  # masks are drawn, and cooled, when a round begins
     metrics = learner.metrics()
     assert metrics["critic_temperature"] == pytest.approx(3.0)
     assert 0.4 < metrics["critic_overall_sparsity"] <= 0.5

@@ -289,7 +289,7 @@ def test_play_is_random_at_first_and_teaches_nothing() -> None:
     assert -1 <= drawn.min() < -0.8
     assert 0.8 < drawn.max() <= 1
     assert abs(float(drawn.mean())) < 0.15
-    assert learner.replay.size == 8
+    assert learner.replay.size == 8 * (LIMIT + 1)
     del learner.net.forward
     learner.gather(env, 40, seed=2)
     learner.learn(0.1, 60)
@@ -348,10 +348,10 @@ def test_what_is_refused() -> None:
 
 
 def test_a_round_larger_than_replay_is_kept_in_part() -> None:
-    learner = some_learner(buffer_size=19, warmup=0, env_steps_per_update=20)  # three episodes of five steps
+    learner = some_learner(buffer_size=19, warmup=0, env_steps_per_update=20)  # three episodes of six moments
     batch = learner.gather(Drift(4), 0, seed=0)
-    assert learner.replay.size == 3
-    drawn = learner.replay.sample_transitions(100, 1, 0.9, torch.Generator().manual_seed(0))
+    assert learner.replay.size == 19
+    drawn = learner.replay.sample(100, 1, 0.9, torch.Generator().manual_seed(0))
     assert set(drawn.state[:, 0].tolist()) == set(batch.state[:-1, 1:, 0].flatten().tolist())
     learner.learn(0.1, 20)
     assert learner.updates == 1

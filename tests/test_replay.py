@@ -13,7 +13,7 @@ from torch import Tensor
 
 from k24.envs.base import EnvSpec, Observation, Step, TeamEnv
 from k24.errors import RunError
-from k24.learners import EpisodeReplay, Episodes, NetActor, RandomActor, collect_episodes
+from k24.learners import EpisodeReplay, Episodes, NetActor, RandomActor, TransitionReplay, collect_episodes
 from k24.learners.replay import EPISODE_AXIS
 from k24.learners.rollout import epsilon_greedy
 from k24.nets import AgentNet
@@ -67,7 +67,7 @@ def contents(replay: EpisodeReplay) -> list[int]:
 
 
 def test_the_oldest_episodes_make_room() -> None:
-    replay = EpisodeReplay(SPEC, 5, CPU)
+    replay = EpisodeReplay(5, CPU)
     for names, kept in (
         ([1, 2, 3], [1, 2, 3]),
         ([4], [1, 2, 3, 4]),
@@ -81,7 +81,7 @@ def test_the_oldest_episodes_make_room() -> None:
 
 @given(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.booleans())
 def test_it_always_holds_the_newest(capacity: int, batches: list[int], avail: bool) -> None:
-    replay, added = EpisodeReplay(SPEC, capacity, CPU), 0
+    replay, added = EpisodeReplay(capacity, CPU), 0
     for count in batches:
         count = min(count, capacity)
         replay.add(marked(list(range(added, added + count)), avail))
@@ -90,7 +90,7 @@ def test_it_always_holds_the_newest(capacity: int, batches: list[int], avail: bo
 
 
 def test_of_a_batch_larger_than_all_room_the_last_are_kept() -> None:
-    replay = EpisodeReplay(SPEC, 3, CPU)
+    replay = EpisodeReplay(3, CPU)
     replay.add(marked([1]))
     replay.add(marked([2, 3, 4, 5, 6]))
     assert contents(replay) == [4, 5, 6]
@@ -99,7 +99,7 @@ def test_of_a_batch_larger_than_all_room_the_last_are_kept() -> None:
 
 
 def test_what_is_sampled_is_a_copy() -> None:
-    replay = EpisodeReplay(SPEC, 3, CPU)
+    replay = EpisodeReplay(3, CPU)
     batch = marked([1, 2, 3])
     replay.add(batch)
     batch.obs.fill_(99.0)
@@ -111,7 +111,7 @@ def test_what_is_sampled_is_a_copy() -> None:
 
 
 def test_sampling_is_without_replacement_uniform_and_repeatable() -> None:
-    replay = EpisodeReplay(SPEC, 20, CPU)
+    replay = EpisodeReplay(20, CPU)
     replay.add(marked(list(range(10))))
     g = torch.Generator().manual_seed(3)
     counts = torch.zeros(10)
@@ -153,23 +153,25 @@ def whose_moments(lengths: list[int], first: int, continuous: bool, alive: bool)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=9),
     round_size=st.integers(1, 4),
-    capacity=st.integers(4, 9),
+    room=st.integers(7, 40),
     n_step=st.integers(1, 8),
     gamma=st.sampled_from([0.0, 0.5, 1.0]),
     continuous=st.booleans(),
     alive=st.booleans(),
 )
 def test_transitions_against_a_walk_through_the_episodes(
-    lengths: list[int], round_size: int, capacity: int, n_step: int, gamma: float, continuous: bool, alive: bool
+    lengths: list[int], round_size: int, room: int, n_step: int, gamma: float, continuous: bool, alive: bool
 ) -> None:
-    replay = EpisodeReplay(EnvSpec(2, 3, 1, 2, 6, continuous), capacity, CPU)
+    replay = TransitionReplay(room, CPU)
     g = torch.Generator().manual_seed(0)
     for first in range(0, len(lengths), round_size):
         replay.add(whose_moments(lengths[first : first + round_size], first, continuous, alive))
-        replay.sample_transitions(3, n_step, gamma, g)  # what was played is counted again after each round
-    drawn = replay.sample_transitions(60, n_step, gamma, g)
+        replay.sample(3, n_step, gamma, g)  # what was played is counted again after each round
+    drawn = replay.sample(60, n_step, gamma, g)
     assert (drawn.alive is not None) == (drawn.next_alive is not None) == alive
-    kept = range(max(0, len(lengths) - capacity), len(lengths))
+    # Moments in the order of play, an episode's last included: the newest are kept, whichever episode they cut.
+    kept = {(number, t) for number, length in enumerate(lengths) for t in range(length + 1)}
+    kept = set(sorted(kept)[-room:])
     visited = set()
     for k in range(60):
         number, t = divmod(int(drawn.state[k, 0]), 100)
@@ -182,36 +184,37 @@ def test_transitions_against_a_walk_through_the_episodes(
         assert drawn.discount[k] == pytest.approx(0.0 if ended else gamma**steps)
         assert drawn.next_state[k, 0] == later
         for agent in range(2):
+            here = not alive or (moment + agent) % 3 < 2
             assert (drawn.obs[agent, k] == moment + 0.25 * agent).all()
             assert (drawn.next_obs[agent, k] == later + 0.25 * agent).all()
-            assert (drawn.actions[agent, k] == moment + (0.25 if continuous else 250) * agent).all()
+            assert (drawn.actions[agent, k] == (moment + (0.25 if continuous else 250) * agent if here else 0)).all()
             if drawn.alive is not None and drawn.next_alive is not None:
-                assert drawn.alive[agent, k] == ((moment + agent) % 3 < 2)
+                assert drawn.alive[agent, k] == here
                 assert drawn.next_alive[agent, k] == ((later + agent) % 3 < 2)
-    assert visited <= {(number, t) for number in kept for t in range(lengths[number])}
+    assert visited <= {(number, t) for number, t in kept if t < lengths[number]}
     assert drawn.actions.dtype == (torch.float32 if continuous else torch.int64)
     assert drawn.actions.shape == ((2, 60, 2) if continuous else (2, 60))
 
 
 def test_every_step_is_as_likely_as_any_other() -> None:
-    replay = EpisodeReplay(EnvSpec(2, 3, 1, 2, 6, True), 5, CPU)
+    replay = TransitionReplay(30, CPU)
     replay.add(whose_moments([1, 6, 3], 0, True, False))
-    drawn = replay.sample_transitions(10_000, 2, 0.9, torch.Generator().manual_seed(0))
+    drawn = replay.sample(10_000, 2, 0.9, torch.Generator().manual_seed(0))
     moments, counts = drawn.state[:, 0].unique(return_counts=True)
     assert moments.tolist() == [0, 100, 101, 102, 103, 104, 105, 200, 201, 202]
     # A thousand each, with a standard deviation of 30.
     assert (counts - 1000).abs().max() < 120
-    again = replay.sample_transitions(10_000, 2, 0.9, torch.Generator().manual_seed(0))
+    again = replay.sample(10_000, 2, 0.9, torch.Generator().manual_seed(0))
     assert torch.equal(drawn.state, again.state)
 
 
 def test_transitions_after_a_round_trip() -> None:
-    replay, other = (EpisodeReplay(EnvSpec(2, 3, 1, 2, 6, True), 5, CPU) for _ in range(2))
+    replay, other = (TransitionReplay(30, CPU) for _ in range(2))
     other.add(whose_moments([6, 6], 50, True, True))
-    other.sample_transitions(1, 1, 0.9, torch.Generator())
+    other.sample(1, 1, 0.9, torch.Generator())
     replay.add(whose_moments([1, 6, 3], 0, True, True))
     other.load_state_dict(copy.deepcopy(replay.state_dict()))
-    draws = [r.sample_transitions(50, 3, 0.9, torch.Generator().manual_seed(0)) for r in (replay, other)]
+    draws = [r.sample(50, 3, 0.9, torch.Generator().manual_seed(0)) for r in (replay, other)]
     for mine, theirs in zip(*draws, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -222,7 +225,7 @@ def test_transitions_after_a_round_trip() -> None:
 @pytest.mark.parametrize("avail", [False, True])
 @pytest.mark.parametrize("added", [0, 3, 5, 7])
 def test_state_round_trip(added: int, avail: bool) -> None:
-    replay, other = EpisodeReplay(SPEC, 5, CPU), EpisodeReplay(SPEC, 5, CPU)
+    replay, other = EpisodeReplay(5, CPU), EpisodeReplay(5, CPU)
     for k in range(added):
         replay.add(marked([k], avail))
     state = copy.deepcopy(replay.state_dict())

@@ -13,7 +13,7 @@ from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import unknown_name
 from k24.learners.optimise import CriticSharing
 from k24.learners.ppo import PPOConfig, PPOLearner
-from k24.learners.replay import EpisodeReplay, Episodes
+from k24.learners.replay import EpisodeReplay, Episodes, TransitionReplay
 from k24.learners.rollout import NetActor, RandomActor, collect_episodes
 from k24.learners.td3 import TD3Config, TD3Learner
 from k24.learners.value import ValueConfig, ValueLearner
@@ -134,6 +134,7 @@ __all__ = [
     "RandomActor",
     "TD3Config",
     "TD3Learner",
+    "TransitionReplay",
     "ValueConfig",
     "ValueLearner",
     "collect_episodes",

@@ -106,14 +106,25 @@ class Trainee:
             self._acting = self.net.snapshot("act")
         return self._acting
 
-    def begin(self, progress: float, generator: torch.Generator) -> Weights:
-        """Sets the learning rate, draws the masks of this step, and makes its effective weights, with their gradient."""
+    def draw(self, progress: float, generator: torch.Generator) -> None:
+        """Draws the masks of the steps to come, until the next call."""
+        self.sharing.resample(progress, generator)
+        self._acting = None  # the temperature has moved, and the masks with it
+
+    def begin(self, progress: float, generator: torch.Generator, draw: bool = True) -> Weights:
+        """Starts a gradient step: sets the learning rate, and makes the step's effective weights, with their gradient.
+
+        Args:
+            progress: Share of training done, in [0, 1].
+            generator: Source of the random numbers.
+            draw: Whether masks are drawn for this step, or those drawn last hold.
+        """
         start, final = self._decay
         fallen = max(0.0, progress - start) / (1 - start) if start < 1 else 0.0
         for group in self.optimiser.param_groups:
             group["lr"] = self._lr * group["scale"] * (1 + (final - 1) * min(fallen, 1.0))
-        self.sharing.resample(progress, generator)
-        self._acting = None  # even if no step follows: the temperature has moved, and the masks with it
+        if draw:
+            self.draw(progress, generator)
         return self.net.materialise("train")
 
     def step(self, loss: Tensor, weights: Weights, size: Tensor | None = None) -> None:

@@ -100,13 +100,31 @@ class PPOConfig:
             raise UsageError(f"minibatches (={self.minibatches}) must not exceed envs (={envs}): episodes are not cut")
 
 
+class _Played(NamedTuple):
+    """Episodes as the nets take them.
+
+    Attributes:
+        episodes: As they were played.
+        slots: ``[A, T+1, B]``, or None.
+        alive: Likewise.
+        seen: bool ``[T+1, B]``, observations where a step was played or that one led to; None where all episodes are of full length.
+    """
+
+    episodes: Episodes
+    slots: Tensor | None
+    alive: Tensor | None
+    seen: Tensor | None
+
+    def part(self, index: Tensor) -> _Played:
+        """Some of the episodes, by their number."""
+        return _Played(self.episodes.part(index), *(None if x is None else x.index_select(-1, index) for x in self[1:]))
+
+
 class _Round(NamedTuple):
     """What is learned from one round of episodes; ``V`` is the number of values that a state has.
 
     Attributes:
-        episodes: As they were played.
-        slots: As the nets take them, ``[A, T+1, B]``, or None.
-        alive: Likewise.
+        played: The episodes.
         counted: bool ``[A, T, B]``, the steps that an agent acted in; None for all.
         log_prob: Of the actions, when they were taken, ``[A, T, B]``.
         advantage: Standardised, ``[A, T, B]``.
@@ -115,9 +133,7 @@ class _Round(NamedTuple):
         valued: bool ``[V, T, B]``, the values that count; None for all.
     """
 
-    episodes: Episodes
-    slots: Tensor | None
-    alive: Tensor | None
+    played: _Played
     counted: Tensor | None
     log_prob: Tensor
     advantage: Tensor
@@ -127,8 +143,7 @@ class _Round(NamedTuple):
 
     def part(self, index: Tensor) -> _Round:
         """Some of the episodes, by their number."""
-        chosen = {name: value.index_select(-1, index) for name, value in self._asdict().items() if isinstance(value, Tensor)}
-        return self._replace(episodes=self.episodes.part(index), **chosen)
+        return _Round(self.played.part(index), *(None if x is None else x.index_select(-1, index) for x in self[1:]))  # type: ignore[arg-type]
 
 
 class PPOLearner:
@@ -195,7 +210,9 @@ class PPOLearner:
         self._returns = RunningMoments()
         self._pool = PolicyPool(self._kind, self.net, self.rule)
         self._fresh: Episodes | None = None
-        self._logged: dict[str, float] = {}
+        self._progress = 0.0
+        self._logged: dict[str, Tensor] = {}
+        self._draw()
 
     @property
     def updates(self) -> int:
@@ -212,10 +229,16 @@ class PPOLearner:
             env_steps: Environment steps done before.
             seed: Seed of this round.
         """
-        actor = NetActor(self.net, self.policy.acting(), drawn(self._kind, self.generator), self.rule)
+        self._draw()
+        actor = NetActor(self.net, self.net.snapshot("train"), drawn(self._kind, self.generator), self.rule)
         self._fresh = collect_episodes(env, actor, seed)
         self._pool.fill(self._fresh)
         return self._fresh
+
+    def _draw(self) -> None:
+        """Draws the masks of a round: what acts in it is what learns from it, so that ratios begin at 1."""
+        for trainee in (self.policy, self.critic):
+            trainee.draw(self._progress, self.generator)
 
     def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
         """Who acts with the weights of ``phase``: by the likeliest action, or by drawing from the policy."""
@@ -253,32 +276,35 @@ class PPOLearner:
             RunError: A loss or a gradient is NaN or infinite; parameters are as they were before that step.
         """
         c, seen = self.config, self._look_back(episodes.cut())
-        trusted = True
+        self._progress = progress
+        # How far the policy has moved is asked once a round: a single step hardly moves it.
+        moved, trusted = self._pool.moved() if self.sharing.wants_policy_kl else None, True
         for _ in range(c.epochs):
             for part in self._parts(seen):
                 # What the policy's steps are limited by holds for the masks that it began the round with.
-                trusted = trusted and self._policy_step(part, progress, env_steps)
-                weights = self.critic.begin(progress, self.generator)
-                value = self._values(weights, part.episodes, part.slots, part.alive, observe=True)[:, :-1]
+                trusted = trusted and self._policy_step(part, progress, env_steps, moved)
+                moved = None
+                weights = self.critic.begin(progress, self.generator, draw=False)
+                value = self._values(weights, part.played, observe=True)[:, :-1]
                 loss = clipped_value_loss(value, part.value, part.target, c.value_clip, c.huber_delta, part.valued)
                 self.critic.step(loss, weights)
                 self.critic.settle(progress, env_steps, None, self.generator)
 
-    def _policy_step(self, part: _Round, progress: float, env_steps: int) -> bool:
+    def _policy_step(self, part: _Round, progress: float, env_steps: int, policy_kl: float | None) -> bool:
         """One gradient step of the policy; says whether another one may follow in this round."""
         c, kind = self.config, self._kind
-        weights = self.policy.begin(progress, self.generator)
-        outputs, avail = self._outputs(weights, part.episodes, part.slots, part.alive, observe=True), _played(part.episodes.avail)
-        log_prob = kind.log_prob(outputs, part.episodes.actions, avail)
+        weights = self.policy.begin(progress, self.generator, draw=False)
+        episodes = part.played.episodes
+        outputs, avail = self._outputs(weights, part.played, observe=True), _before(episodes.avail)
+        log_prob = kind.log_prob(outputs, episodes.actions, avail)
         surrogate, clipped, moved = ppo_loss(log_prob, part.log_prob, part.advantage, c.clip, part.counted)
         if c.target_kl and float(moved) > c.target_kl:
             return False
         entropy = masked_mean(kind.entropy(outputs, avail, self.generator), part.counted)
         # Standardised advantages sum to about 0: what the policy can gain or lose is their size.
         self.policy.step(surrogate - c.entropy_coef * entropy, weights, masked_mean(part.advantage.abs(), part.counted))
-        self._logged = {"entropy": float(entropy.detach()), "clip_fraction": float(clipped), "approx_kl": float(moved)}
-        apart = self._pool.moved() if self.sharing.wants_policy_kl else None
-        events = self.policy.settle(progress, env_steps, apart, self.generator)
+        self._logged = {"entropy": entropy.detach(), "clip_fraction": clipped, "approx_kl": moved}
+        events = self.policy.settle(progress, env_steps, policy_kl, self.generator)
         return not (events.frozen or events.resets)
 
     @torch.no_grad()
@@ -286,15 +312,15 @@ class PPOLearner:
         """Judges what was done, before anything is learned from it."""
         c = self.config
         slots, alive = slots_of(self.rule, episodes.obs, episodes.alive)
-        if slots is not None and not bool(episodes.valid.all()):
-            slots = slots.where(_seen(episodes), -1)  # what comes after an episode is another one, of other units
-        log_prob = self._kind.log_prob(
-            self._outputs(self.policy.acting(), episodes, slots, alive), episodes.actions, _played(episodes.avail)
-        )
-        value = self._values(self.critic.acting(), episodes, slots, alive)
+        valid = None if bool(episodes.valid.all()) else episodes.valid
+        seen = None if valid is None else torch.cat([valid[:1], valid])
+        if slots is not None and seen is not None:
+            slots = slots.where(seen, -1)  # what comes after an episode is another one, of other units
+        played = _Played(episodes, slots, alive, seen)
+        log_prob = self._kind.log_prob(self._outputs(self.net.snapshot("train"), played), episodes.actions, _before(episodes.avail))
+        value = self._values(self.critic.net.snapshot("train"), played)
 
         present = alive if slots is None else slots >= 0
-        valid = None if bool(episodes.valid.all()) else episodes.valid
         own = self._n_values > 1 or (self.spec.n_agents == 1 and not self._central)
         terminated, last = (x.expand_as(value[:, 1:]) for x in (episodes.terminated, last_steps(episodes.valid)))
         counted = valued = None if valid is None else valid.expand(self.spec.n_agents, -1, -1)
@@ -319,34 +345,35 @@ class PPOLearner:
         advantage = advantage.expand(self.spec.n_agents, -1, -1)
         picked = advantage if counted is None else advantage[counted]
         advantage = (advantage - picked.mean()) / (picked.std() + 1e-5) if picked.numel() > 1 else advantage
-        return _Round(episodes, slots, alive, counted, log_prob, advantage, value[:, :-1], target, valued)
+        return _Round(played, counted, log_prob, advantage, value[:, :-1], target, valued)
 
     def _parts(self, whole: _Round) -> Iterator[_Round]:
         """Whole episodes in a random order, in so many parts."""
         if self.config.minibatches == 1:
             yield whole
             return
-        order = torch.randperm(whole.episodes.count, generator=self.generator, device=self.device)
+        order = torch.randperm(whole.played.episodes.count, generator=self.generator, device=self.device)
         for index in order.tensor_split(self.config.minibatches):
             yield whole.part(index)
 
-    def _outputs(self, weights: Weights, episodes: Episodes, slots: Tensor | None, alive: Tensor | None, observe: bool = False) -> Tensor:
+    def _outputs(self, weights: Weights, played: _Played, observe: bool = False) -> Tensor:
         """What the policy says of each action taken, ``[A, T, B, K]``."""
-        valid = None if bool(episodes.valid.all()) else episodes.valid
-        h0 = self.net.initial_state(episodes.count)
-        return self.net(weights, episodes.obs[:, :-1], h0, valid, observe, _played(slots), _played(alive))[0]
+        valid = None if played.seen is None else played.seen[1:]
+        obs, h0 = played.episodes.obs[:, :-1], self.net.initial_state(played.episodes.count)
+        return self.net(weights, obs, h0, valid, observe, _before(played.slots), _before(played.alive))[0]
 
-    def _values(self, weights: Weights, episodes: Episodes, slots: Tensor | None, alive: Tensor | None, observe: bool = False) -> Tensor:
+    def _values(self, weights: Weights, played: _Played, observe: bool = False) -> Tensor:
         """What the critic gives, in its own units, ``[V, T+1, B]``."""
-        net, seen = self.critic.net, None if bool(episodes.valid.all()) else _seen(episodes)
+        net, episodes = self.critic.net, played.episodes
         h0 = net.initial_state(episodes.count)
         if self._central:
-            return net(weights, episodes.state[None], h0, seen, observe)[0][0].movedim(-1, 0)
-        return net(weights, episodes.obs, h0, seen, observe, slots, alive)[0][..., 0]
+            return net(weights, episodes.state[None], h0, played.seen, observe)[0][0].movedim(-1, 0)
+        return net(weights, episodes.obs, h0, played.seen, observe, played.slots, played.alive)[0][..., 0]
 
     def metrics(self) -> dict[str, float]:
         """What to log, under public names; those of the critic's masks and steps begin with ``critic_``."""
-        return self._logged | self.critic.metrics("critic_") | self.policy.metrics() | self._pool.metrics()
+        logged = {name: float(value) for name, value in self._logged.items()}
+        return logged | self.critic.metrics("critic_") | self.policy.metrics() | self._pool.metrics()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 
@@ -359,6 +386,7 @@ class PPOLearner:
             "returns": self._returns.state_dict(),
             "pool": self._pool.state_dict(),
             "logged": self._logged,
+            "progress": self._progress,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -368,18 +396,13 @@ class PPOLearner:
         self.generator.set_state(state["generator"].cpu())
         self._returns.load_state_dict(state["returns"])
         self._pool.load_state_dict(state["pool"])
-        self._logged = dict(state["logged"])
+        self._logged, self._progress = dict(state["logged"]), float(state["progress"])
 
     def load_policy_state(self, state: dict) -> None:
         """Takes the policy's net and scheme alone: enough to act and to inspect."""
         self.policy.load_policy_state(state["policy"])
 
 
-def _played(values: Tensor | None) -> Tensor | None:
-    """What belongs to the steps played, of ``[A, T+1, ...]``."""
+def _before(values: Tensor | None) -> Tensor | None:
+    """What the steps played began with, of ``[A, T+1, ...]``."""
     return None if values is None else values[:, :-1]
-
-
-def _seen(episodes: Episodes) -> Tensor:
-    """Observations where a step was played or that one led to, bool ``[T+1, B]``."""
-    return torch.cat([episodes.valid[:1], episodes.valid])

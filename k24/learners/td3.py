@@ -19,7 +19,7 @@ from k24.actions import KINDS
 from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
 from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates, rule_for
-from k24.learners.replay import EpisodeReplay, Episodes, Transitions
+from k24.learners.replay import Episodes, TransitionReplay, Transitions
 from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, likeliest, noisy, slots_of
 from k24.learners.statistics import PolicyPool
 from k24.learners.targets import smoothed, td3_target
@@ -27,9 +27,6 @@ from k24.nets import AgentNet, Weights
 from k24.sharing import dense_critics
 from k24.sharing.base import Events, Sharing
 from k24.sparse.slots import Phase, SlotRule
-
-# Gradient steps of the policy between two looks at how far it has moved, where the scheme wants to know.
-MOVED_EVERY = 200
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class TD3Config:
     batch_size: int = 1000
     """Transitions per gradient step."""
     buffer_size: int = 1_000_000
-    """Transitions kept for replay."""
+    """Moments kept for replay: an episode's steps, and what the last of them led to."""
     env_steps_per_update: float = 20
     """Environment steps per gradient step of the critics."""
     warmup: int = 10_000
@@ -168,9 +165,10 @@ class TD3Learner:
         self.critic = Trainee("loss_td", critic, judge, c.critic_lr, c.grad_clip, decay)
         self._target, self._target_critic = Target(self.policy), Target(self.critic)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.replay = EpisodeReplay(spec, max(1, c.buffer_size // spec.episode_limit), self.device)
+        self.replay = TransitionReplay(max(c.buffer_size, spec.episode_limit + 1), self.device)
         self._pool = PolicyPool(self._kind, self.net, self.rule)
         self._owed, self._resets, self._intervals = 0.0, 0, 0
+        self._moved: float | None = None
 
     @property
     def updates(self) -> int:
@@ -231,8 +229,9 @@ class TD3Learner:
             return
         due, self._owed = int(self._owed), self._owed - int(self._owed)
         n_step = min(c.n_step, self.spec.episode_limit)
+        self._moved = self._pool.moved() if self.sharing.wants_policy_kl else None
         for _ in range(due):
-            self.update(self.replay.sample_transitions(c.batch_size, n_step, c.gamma, self.generator), progress, env_steps)
+            self.update(self.replay.sample(c.batch_size, n_step, c.gamma, self.generator), progress, env_steps)
 
     def update(self, batch: Transitions, progress: float, env_steps: int) -> None:
         """One gradient step of the critics, and of the policy every ``policy_delay`` of these.
@@ -253,8 +252,8 @@ class TD3Learner:
         if self.updates % c.policy_delay == 0:
             weights = self.policy.begin(progress, self.generator)
             self.policy.step(self.policy_loss(batch, weights), weights)
-            whole = self.policy.updates % MOVED_EVERY == 0
-            moved = self._pool.moved() if self.sharing.wants_policy_kl and whole else None
+            # How far the policy has moved in a round is said once.
+            moved, self._moved = self._moved, None
             events = self.policy.settle(progress, env_steps, moved, self.generator)
             self._target.follow(1.0 if events.frozen else c.target_tau)
             self._target_critic.follow(c.target_tau)

@@ -160,7 +160,7 @@ class ValueLearner:
         self.policy = Trainee("loss_td", self.net, sharing, c.lr, c.grad_clip, (c.lr_decay_start, c.lr_final), others, c.optimiser)
         self._target = Target(self.policy, self.mixer)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.replay = EpisodeReplay(spec, c.buffer_size, self.device)
+        self.replay = EpisodeReplay(c.buffer_size, self.device)
         self._rewards = RunningMoments()
         self._owed = 0.0
         self._pool = PolicyPool(KINDS[self.kind], self.net, self.rule)
