@@ -53,10 +53,11 @@ LAYERS: dict[str, set[str]] = {
         *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("artifact", "onnx", "export", "evaluate", "train"),
     },
+    "suites": {"sharing"},
     "sweep": {"envs", "config", "checkpoint", "evaluate", "report", "train"},
     "commands": {
         *("sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
-        *("export", "evaluate", "inspection", "train", "bench"),
+        *("export", "evaluate", "inspection", "train", "bench", "suites", "sweep"),
     },
     "cli": {"commands"},
     "__main__": {"cli"},

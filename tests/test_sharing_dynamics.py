@@ -246,7 +246,9 @@ def test_a_slots_masks_are_drawn_anew_and_nothing_else(slot: int) -> None:
         own[slot] = True
         assert torch.equal(reset.entries, own)
         assert torch.equal(layer.alpha != old["alpha"], own)
-        assert all(torch.equal(value, old[name]) for name, value in layer.state_dict().items() if name != "alpha")
+        assert (layer.usage[slot] == layer.usage_steps).all(), "new masks are not taken for weights that were never kept"
+        assert torch.equal(layer.usage[1 - slot], old["usage"][1 - slot])
+        assert all(torch.equal(value, old[name]) for name, value in layer.state_dict().items() if name not in ("alpha", "usage"))
     fresh = torch.cat([layer.alpha[slot].detach().flatten() for layer in scheme.masked])
     assert fresh.mean().abs() < 0.12
     assert fresh.std() == pytest.approx(0.5, rel=0.2), "the distribution of the start"
