@@ -64,6 +64,22 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert found["half"].dtype == torch.bfloat16 and found["list"] == state["list"] and found["number"] == 0.1 and found["text"] == "ü"
 
 
+def test_what_is_left_in_the_file_is_the_same(tmp_path):
+    save_checkpoint(tmp_path, 7, {"weight": torch.arange(6.0).view(2, 3), "large": torch.arange(100_000)})
+    _, found = load_checkpoint(tmp_path, mapped=True)
+    save_checkpoint(tmp_path, 8, {})
+    save_checkpoint(tmp_path, 9, {})  # the file has gone by now, and what was read of it stays
+    assert torch.equal(found["weight"], torch.arange(6.0).view(2, 3)) and torch.equal(found["large"], torch.arange(100_000))
+
+
+def test_a_checkpoint_is_written_piece_by_piece(tmp_path, monkeypatch):
+    pieces: list[int] = []
+    write = checkpoint._Hashed.write
+    monkeypatch.setattr(checkpoint._Hashed, "write", lambda self, data: (pieces.append(len(data)), write(self, data))[1])
+    path = save_checkpoint(tmp_path, 7, {name: torch.zeros(50_000) for name in "abcd"})
+    assert sum(pieces) == path.stat().st_size and max(pieces) <= 200_000
+
+
 def test_the_last_two_are_kept(tmp_path):
     for steps in (10, 20, 30, 1000):
         save_checkpoint(tmp_path, steps, _state(steps))

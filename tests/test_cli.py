@@ -530,6 +530,18 @@ def test_a_file_or_preset_of_another_algorithm(reached, tmp_path, capsys):
     assert "buffer_size" not in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory may be promised without end")
+@pytest.mark.parametrize(
+    "options",
+    [["--buffer-size", "900000000000"], ["--batch-size", "900000000000", "--buffer-size", "900000000000"]],
+    ids=lambda options: options[0],
+)
+def test_more_than_there_is_memory_for(capfd, tmp_path, options):
+    command = [*REACH, "--algo", "matd3", "--steps", "96", "--warmup", "16", "--out", str(tmp_path / "run"), *options]
+    found = refused(capfd, *command, status=1)
+    assert found.startswith("out of memory (") and "buffer_size, batch_size, envs" in found
+
+
 def test_pictures_that_cannot_be_made(capfd, finished, tmp_path):
     gif = tmp_path / "x.gif"
     assert refused(capfd, "eval", str(finished), "--gif", str(gif)) == "this environment cannot be drawn: leave --gif out"
