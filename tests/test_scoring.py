@@ -50,6 +50,9 @@ def test_score_by_hand() -> None:
     # sigmoid(log 3) = 3/4.
     assert score(WEIGHT, EMA, ALPHA + math.log(3)).flatten().tolist() == pytest.approx([0.75, 3.0, 2.25, 1.5])
     assert log_score(WEIGHT, EMA, ALPHA).exp().flatten().tolist() == pytest.approx([0.5, 2.0, 1.5, 1.0])
+    # exp(log 3) = 3, and there is no end to it.
+    assert score(WEIGHT, EMA, ALPHA + math.log(3), "exp").flatten().tolist() == pytest.approx([3.0, 12.0, 9.0, 6.0])
+    assert log_score(WEIGHT, EMA, ALPHA + 1000, "exp").flatten().tolist() == pytest.approx([1000 + math.log(x) for x in (1, 4, 3, 2)])
 
 
 def test_score_is_per_slot_and_leaves_the_weight_alone() -> None:
@@ -62,6 +65,9 @@ def test_score_is_per_slot_and_leaves_the_weight_alone() -> None:
     explicit = torch.stack([weight.abs() * ema[a] * torch.sigmoid(alpha[a]) for a in range(2)])
     assert torch.allclose(score(weight, ema, alpha), explicit)
     assert torch.allclose(log_score(weight, ema, alpha), explicit.log())
+    explicit = torch.stack([weight.abs() * ema[a] * alpha[a].exp() for a in range(2)])
+    assert torch.allclose(score(weight, ema, alpha, "exp"), explicit)
+    assert torch.allclose(log_score(weight, ema, alpha, "exp"), explicit.log())
 
 
 # --- module B: logits ------------------------------------------------------------------------------------------------------------

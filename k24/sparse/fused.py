@@ -5,7 +5,8 @@ What :mod:`k24.sparse.scoring` composes out of small functions, for the default 
 the composition, which stays the definition that the tests compare with. With ``s = log S``, ``q = softmax(c · T s)``
 over patterns (T the 0/1 table) and ``mask = Tᵀ q``::
 
-    dL/dq = T · dL/dmask + dL/dpi      dL/dl = q ∘ (dL/dq - q·dL/dq)      dL/dalpha = c · Tᵀ dL/dl ∘ sigmoid(-alpha)
+    dL/dq = T · dL/dmask + dL/dpi      dL/dl = q ∘ (dL/dq - q·dL/dq)      dL/ds = c · Tᵀ dL/dl
+    dL/dalpha = dL/ds ∘ sigmoid(-alpha), or dL/ds alone where alpha goes through exp
 """
 
 from __future__ import annotations
@@ -15,18 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k24.sparse.patterns import PatternSet
-from k24.sparse.scoring import inverse_cdf, log_score
+from k24.sparse.scoring import Gate, inverse_cdf, log_score
 
 
 class _MaskedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weight: Tensor, alpha: Tensor, ema: Tensor, patterns: PatternSet, scale: float, uniform: Tensor | None, codes: Tensor | None
+        ctx,
+        weight: Tensor,
+        alpha: Tensor,
+        ema: Tensor,
+        patterns: PatternSet,
+        scale: float,
+        uniform: Tensor | None,
+        codes: Tensor | None,
+        gate: Gate,
     ):
         slots, outputs, inputs = alpha.shape
         n_groups = patterns.groups(inputs)
         padding = n_groups * patterns.m - inputs
-        s = log_score(weight, ema, alpha)
+        s = log_score(weight, ema, alpha, gate)
         if padding:
             s = F.pad(s, (0, padding))
         table = patterns.table.to(s)
@@ -41,7 +50,7 @@ class _MaskedWeight(torch.autograd.Function):
         else:
             codes = inverse_cdf(pi, uniform) if codes is None else codes
             mask = patterns.mask(codes, inputs, s.dtype)
-        ctx.patterns, ctx.scale, ctx.padding = patterns, scale, padding
+        ctx.patterns, ctx.scale, ctx.padding, ctx.gate = patterns, scale, padding, gate
         ctx.save_for_backward(weight, alpha, mask, pi)
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)
@@ -63,8 +72,8 @@ class _MaskedWeight(torch.autograd.Function):
         grad_l = flat * grad_q
         grad_l.addcmul_(flat, grad_l.sum(0), value=-1)
         grad_s = (table.t() @ grad_l).t().reshape(*alpha.shape[:2], -1)[..., : alpha.shape[2]]
-        grad_alpha = torch.sigmoid(-alpha).mul_(grad_s).mul_(ctx.scale)
-        return (grad * mask).sum(0), grad_alpha, None, None, None, None, None
+        grad_alpha = grad_s * ctx.scale if ctx.gate == "exp" else torch.sigmoid(-alpha).mul_(grad_s).mul_(ctx.scale)
+        return (grad * mask).sum(0), grad_alpha, None, None, None, None, None, None
 
 
 def masked_weight(
@@ -75,6 +84,7 @@ def masked_weight(
     scale: float,
     uniform: Tensor | None = None,
     codes: Tensor | None = None,
+    gate: Gate = "sigmoid",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each slot's masked weight by log scores.
 
@@ -86,8 +96,9 @@ def masked_weight(
         scale: ``kappa / tau``.
         uniform: ``[A, O, G]`` in [0, 1): draw one pattern per group, with the straight-through gradient; None for the expected mask.
         codes: uint8 ``[A, O, G]``, patterns already drawn in this step; only with ``uniform``.
+        gate: What alpha goes through.
 
     Returns:
         Masked weight ``[A, O, I]``, ``pi [P, A, O, G]`` with its gradient, the mask and the codes without.
     """
-    return _MaskedWeight.apply(weight, alpha, ema, patterns, scale, uniform, codes)
+    return _MaskedWeight.apply(weight, alpha, ema, patterns, scale, uniform, codes, gate)

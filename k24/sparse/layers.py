@@ -27,6 +27,7 @@ from k24.sparse.fused import masked_weight
 from k24.sparse.patterns import PatternSet
 from k24.sparse.schedule import TemperatureSchedule
 from k24.sparse.scoring import (
+    Gate,
     Logits,
     MaskForward,
     Normalise,
@@ -46,6 +47,8 @@ class MaskConfig:
 
     pattern: str = "2:4"
     """Weights kept of every so many consecutive ones, N:M."""
+    gate: Gate = "sigmoid"
+    """What alpha goes through before it scales a weight's score: sigmoid, which ends at 1, or exp."""
     forward: MaskForward = "expected"
     """What a training step multiplies with: the expected mask, one drawn by inverse CDF, or one drawn with Gumbel noise."""
     logits: Logits = "log"
@@ -197,7 +200,8 @@ class MaskedLinear(nn.Module):
 
     def logits(self) -> Tensor:
         """Pattern logits ``[P, A, O, G]`` (module B)."""
-        return pattern_logits(self.weight, self.running_magnitude(), self.alpha, self.patterns, self.config.logits, self.config.normalise)
+        c = self.config
+        return pattern_logits(self.weight, self.running_magnitude(), self.alpha, self.patterns, c.logits, c.normalise, c.gate)
 
     def probabilities(self) -> Tensor:
         """Pattern distribution ``pi [P, A, O, G]`` at the present temperature, with its gradient to alpha.
@@ -233,6 +237,7 @@ class MaskedLinear(nn.Module):
                 self.config.kappa / self.temperature,
                 self._noise,
                 self._drawn,
+                self.config.gate,
             )
             weight, pi, self._in_use, codes = made
             self._drawn = codes if self._noise is not None else None

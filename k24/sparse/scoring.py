@@ -2,7 +2,10 @@
 
 Module A scores weight ``k`` of a group for slot ``i``::
 
-    S_i = |W| · EMA_i(|x|) · sigmoid(alpha_i)
+    S_i = |W| · EMA_i(|x|) · g(alpha_i),    g = sigmoid or exp
+
+``sigmoid`` can only take away: it ends at 1, and where it is near, alpha gets no gradient. ``exp`` goes as far up as down, and the gradient of
+``log S`` to alpha is 1 everywhere.
 
 Module B turns the M scores of a group into logits over the P patterns, a distribution ``pi = softmax(kappa · logits / tau)``, and a mask.
 
@@ -39,29 +42,31 @@ Logits = Literal["log", "sum"]
 Normalise = Literal["none", "group", "layer", "layernorm"]
 MaskForward = Literal["expected", "sample", "gumbel", "gumbel_soft"]
 TemperatureOn = Literal["logits", "all"]
+Gate = Literal["sigmoid", "exp"]
 
 # Smallest factor that still has a logarithm: a weight or an input that is exactly zero scores lowest, not minus infinity or NaN.
 EPS = 1e-12
 
 
-def score(weight: Tensor, ema: Tensor, alpha: Tensor) -> Tensor:
-    """Module A: ``|W| · EMA · sigmoid(alpha)``.
+def score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "sigmoid") -> Tensor:
+    """Module A: ``|W| · EMA · g(alpha)``.
 
     Args:
         weight: Shared weight ``[O, I]``; detached, for W learns through the masked product alone.
         ema: Mean magnitude of each slot's inputs ``[A, I]``.
         alpha: Learned heterogeneity ``[A, O, I]``.
+        gate: What g is.
 
     Returns:
         ``[A, O, I]``.
     """
-    return (weight.detach().abs() * ema[:, None]) * torch.sigmoid(alpha)
+    return (weight.detach().abs() * ema[:, None]) * (torch.sigmoid(alpha) if gate == "sigmoid" else alpha.exp())
 
 
-def log_score(weight: Tensor, ema: Tensor, alpha: Tensor) -> Tensor:
-    """Logarithm of :func:`score`, stable for large negative alpha; shapes as there."""
+def log_score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "sigmoid") -> Tensor:
+    """Logarithm of :func:`score`, stable for large alpha of either sign; shapes as there."""
     log_w = weight.detach().abs().clamp_min(EPS).log()
-    return F.logsigmoid(alpha) + (log_w + ema.clamp_min(EPS).log()[:, None])
+    return (F.logsigmoid(alpha) if gate == "sigmoid" else alpha) + (log_w + ema.clamp_min(EPS).log()[:, None])
 
 
 def pattern_logits(
@@ -71,6 +76,7 @@ def pattern_logits(
     patterns: PatternSet,
     kind: Logits = "log",
     normalise: Normalise = "none",
+    gate: Gate = "sigmoid",
 ) -> Tensor:
     """Module B, first half: one logit per pattern, illegal ones ``-inf``.
 
@@ -82,12 +88,13 @@ def pattern_logits(
         kind: ``log`` (k-subset distribution) or ``sum`` (the plain sum of scores).
         normalise: For ``sum`` only. ``group`` divides by the mean score of the group, ``layer`` by that of the slot's layer (both without
             gradient), ``layernorm`` standardises the P logits of each group.
+        gate: What alpha goes through.
 
     Returns:
         ``[P, A, O, G]``.
     """
     in_features = weight.shape[1]
-    s = log_score(weight, ema, alpha) if kind == "log" else score(weight, ema, alpha)
+    s = (log_score if kind == "log" else score)(weight, ema, alpha, gate)
     n_groups = patterns.groups(in_features)
     padding = n_groups * patterns.m - in_features
     if padding:
