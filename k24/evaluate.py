@@ -20,7 +20,7 @@ from k24.errors import RAISED, CheckpointError, PolicyFileError, RunError, Usage
 from k24.learners import Learner, RandomActor, collect_episodes, make_learner
 from k24.learners.rollout import slots_of
 from k24.policy import Policy, load_policy
-from k24.sharing import Sharing, make_critic_sharing, make_sharing
+from k24.sharing import Experience, Sharing, make_critic_sharing, make_sharing
 from k24.sparse.slots import Phase, SlotRule, by_unit_type
 
 # Evaluation episodes start from other seeds than training ones.
@@ -42,7 +42,13 @@ class Run:
     steps: int
 
 
-def build_learner(config: TrainConfig, spec: EnvSpec, device: torch.device | str = "cpu", rule: SlotRule | None = None) -> Learner:
+def build_learner(
+    config: TrainConfig,
+    spec: EnvSpec,
+    device: torch.device | str = "cpu",
+    rule: SlotRule | None = None,
+    experience: Experience | None = None,
+) -> Learner:
     """A fresh learner of a configuration.
 
     Args:
@@ -50,16 +56,21 @@ def build_learner(config: TrainConfig, spec: EnvSpec, device: torch.device | str
         spec: The environment's sizes.
         device: Where it learns.
         rule: Which slot each row uses; that of the configuration when None.
+        experience: Random play, for a scheme that wants to see any before training.
     """
     rule = rule or build_rule(config, spec)
     sharing = make_sharing(config.sharing, rule.n_slots, config.sharing_config)
+    if experience is not None:
+        sharing.prepare(experience, torch.Generator().manual_seed(config.seed))
 
     def critic_sharing(n_slots: int | None, ensemble: bool) -> Sharing:
-        return make_critic_sharing(config.sharing, config.critic_sharing, n_slots, ensemble, config.sharing_config)
+        critics = make_critic_sharing(config.sharing, config.critic_sharing, n_slots, ensemble, config.sharing_config)
+        if not ensemble:
+            critics.follow(sharing)
+        return critics
 
-    return make_learner(
-        config.algo, spec, sharing, config.learner, config.hidden, config.append_id, config.seed, device, rule, critic_sharing
-    )
+    options = {"hidden": config.hidden, "agent_id": config.append_id, "seed": config.seed, "device": device, "rule": rule}
+    return make_learner(config.algo, spec, sharing, config.learner, **options, critic_sharing=critic_sharing)
 
 
 def build_rule(config: TrainConfig, spec: EnvSpec) -> SlotRule:

@@ -494,8 +494,8 @@ def test_actions_that_cannot_be_drawn(reached, finished, tmp_path, capfd):
     assert main(["export", str(reached["matd3"]), "--out", str(tmp_path / "matd3.safetensors")]) == 0
     assert main(["export", str(finished), "--out", str(tmp_path / "qmix.safetensors")]) == 0
     for policy, message in (
-        (reached["matd3"], "matd3 learns one action for each observation, and no distribution to draw from"),
-        (finished, "qmix learns action values, which are no distribution to draw from"),
+        (reached["matd3"], "matd3 learns a deterministic policy, which is no distribution to draw from"),
+        (finished, "qmix learns a discrete policy, which is no distribution to draw from"),
         (tmp_path / "matd3.safetensors", f"{tmp_path}/matd3.safetensors is a deterministic policy, which has no distribution to draw from"),
         (tmp_path / "qmix.safetensors", f"{tmp_path}/qmix.safetensors is a discrete policy, which has no distribution to draw from"),
     ):

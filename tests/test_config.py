@@ -97,7 +97,7 @@ def test_the_help_of_a_name_lists_what_there_is():
     """The sentences that list schemes and learners are written by hand."""
     source = Path(config_module.__file__).read_text(encoding="utf-8")
     for field, names in (("sharing", SCHEMES), ("algo", LEARNERS)):
-        line = re.search(rf'\n    {field}: str = .*\n    """(.*)"""', source)[1]
+        line = re.search(rf'\n    {field}: str = .*\n    """([^"]*)"""', source)[1]
         assert set(re.findall(r"[a-z0-9_]+", line.split(":")[1])) - {"or"} == set(names)
 
 

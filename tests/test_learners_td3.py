@@ -338,7 +338,7 @@ def test_evaluation_has_no_noise_and_disturbs_nothing() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UsageError, match="matd3 learns one action for each observation, and no distribution"):
+    with pytest.raises(UsageError, match="matd3 learns a deterministic policy, which is no distribution"):
         some_learner().actor(sample=True)
     with pytest.raises(UsageError, match=r"batch_size \(=2\) must be at least the number of critics \(=3\)"):
         some_learner(batch_size=2)

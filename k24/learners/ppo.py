@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from k24.actions import KINDS, StochasticKind
-from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
-from k24.learners.optimise import CriticSharing, Trainee, check_rates, rule_for
+from k24.learners.base import Learner
+from k24.learners.optimise import CriticSharing, Trainee, check_rates
 from k24.learners.replay import Episodes, last_steps
-from k24.learners.rollout import NetActor, RandomActor, collect_episodes, drawn, likeliest, slots_of
-from k24.learners.statistics import PolicyPool, RunningMoments
+from k24.learners.rollout import NetActor, drawn, slots_of
+from k24.learners.statistics import RunningMoments
 from k24.learners.targets import clipped_value_loss, gae, masked_mean, ppo_loss
 from k24.nets import AgentNet, Weights
-from k24.sharing import dense_critics
-from k24.sharing.base import Sharing
-from k24.sparse.slots import Phase, SlotRule
 
 
 @dataclass(frozen=True)
@@ -146,119 +143,63 @@ class _Round(NamedTuple):
         return _Round(self.played.part(index), *(None if x is None else x.index_select(-1, index) for x in self[1:]))  # type: ignore[arg-type]
 
 
-class PPOLearner:
-    """Proximal policy optimisation for teams.
-
-    Args:
-        algo: ``ippo`` or ``mappo``.
-        spec: The environment's sizes.
-        sharing: The policy's parameter-sharing scheme; fresh, it becomes the learner's own.
-        config: Settings.
-        hidden: Hidden units of policy and critic.
-        agent_id: Append agent indices to observations; the scheme's preference when None.
-        seed: Seed of initial weights and of all random numbers of the learner.
-        device: Where it learns.
-        rule: Which slot of the scheme each row uses; the agent's index when None.
-        critic_sharing: Makes the critic's scheme; a dense network for each of its slots when None.
+class PPOLearner(Learner):
+    """Proximal policy optimisation for teams: ``ippo`` or ``mappo``. Arguments are those of :class:`Learner`.
 
     Attributes:
-        kind: ``categorical``, or ``gaussian`` where actions are continuous.
-        policy: The policy's net and what trains it.
-        critic: The critic's.
-
-    Raises:
-        UsageError: The rule has another number of slots than the scheme.
+        critic: The critic's net and what trains it.
     """
 
     settings: ClassVar[type] = PPOConfig
+    config: PPOConfig
 
-    def __init__(
-        self,
-        algo: str,
-        spec: EnvSpec,
-        sharing: Sharing,
-        config: PPOConfig | None = None,
-        hidden: int = 64,
-        agent_id: bool | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        rule: SlotRule | None = None,
-        critic_sharing: CriticSharing | None = None,
-    ) -> None:
-        self.rule = rule_for(rule, spec, sharing)
-        self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or PPOConfig()
-        c, self.device = self.config, torch.device(device)
-        self.kind = "gaussian" if spec.continuous else "categorical"
-        self._kind = cast(StochasticKind, KINDS[self.kind])
+    def _kind_of_policy(self) -> str:
+        return "gaussian" if self.spec.continuous else "categorical"
+
+    @property
+    def _kind(self) -> StochasticKind:
+        return cast(StochasticKind, KINDS[self.kind])
+
+    def _build(self, hidden: int, agent_id: bool | None, critic_sharing: CriticSharing) -> None:
+        c, spec = self.config, self.spec
         # One critic that sees the state serves the whole team: MAPPO. Or each agent has one that sees what it observes: IPPO.
-        self._central = algo == "mappo"
+        self._central = self.algo == "mappo"
         self._n_values = spec.n_agents if c.individual_rewards or not self._central else 1
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            outputs = self._kind.n_outputs(spec.n_actions)
-            self.net = AgentNet(spec.obs_dim, outputs, hidden, spec.n_agents, sharing, agent_id, c.recurrent).to(self.device)
-            judge = (critic_sharing or dense_critics)(1 if self._central else sharing.n_slots, False)
-            critic = (
-                AgentNet(spec.state_dim, self._n_values, hidden, 1, judge, False, c.recurrent)
-                if self._central
-                else AgentNet(spec.obs_dim, 1, hidden, spec.n_agents, judge, agent_id, c.recurrent)
-            ).to(self.device)
+        outputs = self._kind.n_outputs(spec.n_actions)
+        net = AgentNet(spec.obs_dim, outputs, hidden, spec.n_agents, self.sharing, agent_id, c.recurrent)
+        judge = critic_sharing(1 if self._central else self.sharing.n_slots, False)
+        critic = (
+            AgentNet(spec.state_dim, self._n_values, hidden, 1, judge, False, c.recurrent)
+            if self._central
+            else AgentNet(spec.obs_dim, 1, hidden, spec.n_agents, judge, agent_id, c.recurrent)
+        )
         decay = (c.lr_decay_start, c.lr_final)
-        self.policy = Trainee("loss_policy", self.net, sharing, c.lr, c.grad_clip, decay, eps=c.adam_eps)
-        self.critic = Trainee("loss_value", critic, judge, c.critic_lr, c.grad_clip, decay, eps=c.adam_eps)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.policy = Trainee("loss_policy", net.to(self.device), self.sharing, c.lr, c.grad_clip, decay, eps=c.adam_eps)
+        self.critic = Trainee("loss_value", critic.to(self.device), judge, c.critic_lr, c.grad_clip, decay, eps=c.adam_eps)
         self._returns = RunningMoments()
-        self._pool = PolicyPool(self._kind, self.net, self.rule)
         self._fresh: Episodes | None = None
         self._progress = 0.0
         self._logged: dict[str, Tensor] = {}
         self._draw()
 
-    @property
-    def updates(self) -> int:
-        """Gradient steps of the policy."""
-        return self.policy.updates
-
     # Experience -------------------------------------------------------------------------------------------------------------------
 
-    def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
-        """Plays one episode in every parallel environment.
-
-        Args:
-            env: The training environments.
-            env_steps: Environment steps done before.
-            seed: Seed of this round.
-        """
+    def _explorer(self, env_steps: int) -> NetActor:
         self._draw()
-        actor = NetActor(self.net, self.net.snapshot("train"), drawn(self._kind, self.generator), self.rule)
-        self._fresh = collect_episodes(env, actor, seed)
-        self._pool.fill(self._fresh)
-        return self._fresh
+        return self._actor(self.net.snapshot("train"), drawn(self._kind, self.generator))
+
+    def _remember(self, episodes: Episodes) -> None:
+        self._fresh = episodes
 
     def _draw(self) -> None:
         """Draws the masks of a round: what acts in it is what learns from it, so that ratios begin at 1."""
         for trainee in (self.policy, self.critic):
             trainee.draw(self._progress, self.generator)
 
-    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
-        """Who acts with the weights of ``phase``: by the likeliest action, or by drawing from the policy."""
-        weights = self.policy.acting() if phase == "act" else self.net.snapshot(phase)
-        choose = drawn(self._kind, torch.Generator(self.device).manual_seed(seed)) if sample else likeliest(self._kind)
-        return NetActor(self.net, weights, choose, self.rule)
-
-    def random_actor(self) -> RandomActor:
-        """A policy that does not look."""
-        return RandomActor(self.spec.n_actions, torch.Generator(self.device).manual_seed(0), self.spec.continuous)
-
     # Learning ---------------------------------------------------------------------------------------------------------------------
 
     def learn(self, progress: float, env_steps: int) -> None:
-        """Passes over the newest round several times.
-
-        Args:
-            progress: Share of training done, in [0, 1].
-            env_steps: Environment steps done.
-        """
+        """Passes over the newest round several times; arguments as for :meth:`Learner.learn`."""
         if self._fresh is None:
             return
         self.update(self._fresh, progress, env_steps)
@@ -278,7 +219,7 @@ class PPOLearner:
         c, seen = self.config, self._look_back(episodes.cut())
         self._progress = progress
         # How far the policy has moved is asked once a round: a single step hardly moves it.
-        moved, trusted = self._pool.moved() if self.sharing.wants_policy_kl else None, True
+        moved, trusted = self._moved(), True
         for _ in range(c.epochs):
             for part in self._parts(seen):
                 # What the policy's steps are limited by holds for the masks that it began the round with.
@@ -373,34 +314,21 @@ class PPOLearner:
     def metrics(self) -> dict[str, float]:
         """What to log, under public names; those of the critic's masks and steps begin with ``critic_``."""
         logged = {name: float(value) for name, value in self._logged.items()}
-        return logged | self.critic.metrics("critic_") | self.policy.metrics() | self._pool.metrics()
+        return logged | self.critic.metrics("critic_") | super().metrics()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything that is needed to go on bit for bit."""
-        return {
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.state_dict(),
-            "generator": self.generator.get_state(),
-            "returns": self._returns.state_dict(),
-            "pool": self._pool.state_dict(),
-            "logged": self._logged,
-            "progress": self._progress,
-        }
+        own = {"critic": self.critic.state_dict(), "returns": self._returns.state_dict()}
+        return super().state_dict() | own | {"logged": self._logged, "progress": self._progress}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self.policy.load_state_dict(state["policy"])
+        super().load_state_dict(state)
         self.critic.load_state_dict(state["critic"])
-        self.generator.set_state(state["generator"].cpu())
         self._returns.load_state_dict(state["returns"])
-        self._pool.load_state_dict(state["pool"])
         self._logged, self._progress = dict(state["logged"]), float(state["progress"])
-
-    def load_policy_state(self, state: dict) -> None:
-        """Takes the policy's net and scheme alone: enough to act and to inspect."""
-        self.policy.load_policy_state(state["policy"])
 
 
 def _before(values: Tensor | None) -> Tensor | None:

@@ -15,18 +15,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from k24.actions import KINDS
-from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
-from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates, rule_for
+from k24.learners.base import Learner
+from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates
 from k24.learners.replay import Episodes, TransitionReplay, Transitions
-from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, likeliest, noisy, slots_of
-from k24.learners.statistics import PolicyPool
+from k24.learners.rollout import NetActor, RandomActor, noisy, slots_of
 from k24.learners.targets import smoothed, td3_target
 from k24.nets import AgentNet, Weights
-from k24.sharing import dense_critics
-from k24.sharing.base import Events, Sharing
-from k24.sparse.slots import Phase, SlotRule
+from k24.sharing.base import Events
 
 
 @dataclass(frozen=True)
@@ -107,68 +103,42 @@ class TD3Config:
             raise UsageError(f"warmup (={self.warmup}) leaves nothing of steps (={steps}) to learn in: lower it, or train longer")
 
 
-class TD3Learner:
-    """Twin delayed deterministic policy gradients for teams.
-
-    Args:
-        algo: ``matd3``.
-        spec: The environment's sizes; actions must be continuous.
-        sharing: The policy's parameter-sharing scheme; fresh, it becomes the learner's own.
-        config: Settings.
-        hidden: Hidden units of policy and critics, in two layers.
-        agent_id: Append agent indices to observations; the scheme's preference when None.
-        seed: Seed of initial weights and of all random numbers of the learner.
-        device: Where it learns.
-        rule: Which slot of the scheme each row uses; the agent's index when None.
-        critic_sharing: Makes the critics' scheme, one slot for each; a dense network each when None.
+class TD3Learner(Learner):
+    """Twin delayed deterministic policy gradients for teams. Arguments are those of :class:`Learner`; nets have two hidden layers.
 
     Attributes:
-        policy: The policy's net and what trains it.
-        critic: The critics', all in one net of as many slots.
+        critic: The critics', all in one net of as many slots, and what trains it.
+        n_critics: How many (K).
+        replay: Moments played.
 
     Raises:
         UsageError: Actions are discrete, a batch is smaller than the ensemble, or the rule has another number of slots than the scheme.
     """
 
     settings: ClassVar[type] = TD3Config
-    kind = "deterministic"
+    config: TD3Config
 
-    def __init__(
-        self,
-        algo: str,
-        spec: EnvSpec,
-        sharing: Sharing,
-        config: TD3Config | None = None,
-        hidden: int = 64,
-        agent_id: bool | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        rule: SlotRule | None = None,
-        critic_sharing: CriticSharing | None = None,
-    ) -> None:
-        if not spec.continuous:
-            raise UsageError(f"{algo} learns continuous actions, and this task's are discrete: choose another task or learner")
-        self.rule = rule_for(rule, spec, sharing)
-        self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or TD3Config()
-        c, self.device, self._kind = self.config, torch.device(device), KINDS[self.kind]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, sharing, agent_id, recurrent=False).to(self.device)
-            judge = (critic_sharing or dense_critics)(c.critics, True)
-            inputs = spec.state_dim + spec.n_agents * spec.n_actions
-            critic = AgentNet(inputs, 1, hidden, judge.n_slots, judge, False, recurrent=False, layer_norm=c.layer_norm).to(self.device)
+    def _kind_of_policy(self) -> str:
+        if not self.spec.continuous:
+            raise UsageError(f"{self.algo} learns continuous actions, and this task's are discrete: choose another task or learner")
+        return "deterministic"
+
+    def _build(self, hidden: int, agent_id: bool | None, critic_sharing: CriticSharing) -> None:
+        c, spec = self.config, self.spec
+        net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, self.sharing, agent_id, recurrent=False)
+        judge = critic_sharing(c.critics, True)
+        inputs = spec.state_dim + spec.n_agents * spec.n_actions
+        critic = AgentNet(inputs, 1, hidden, judge.n_slots, judge, False, recurrent=False, layer_norm=c.layer_norm)
         self.n_critics = judge.n_slots
         if c.batch_size < self.n_critics:
             raise UsageError(f"batch_size (={c.batch_size}) must be at least the number of critics (={self.n_critics})")
         decay = (c.lr_decay_start, c.lr_final)
-        self.policy = Trainee("loss_policy", self.net, sharing, c.lr, c.grad_clip, decay)
-        self.critic = Trainee("loss_td", critic, judge, c.critic_lr, c.grad_clip, decay)
+        self.policy = Trainee("loss_policy", net.to(self.device), self.sharing, c.lr, c.grad_clip, decay)
+        self.critic = Trainee("loss_td", critic.to(self.device), judge, c.critic_lr, c.grad_clip, decay)
         self._target, self._target_critic = Target(self.policy), Target(self.critic)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.replay = TransitionReplay(max(c.buffer_size, spec.episode_limit + 1), self.device)
-        self._pool = PolicyPool(self._kind, self.net, self.rule)
         self._owed, self._resets, self._intervals = 0.0, 0, 0
-        self._moved: float | None = None
+        self._policy_kl: float | None = None
 
     @property
     def updates(self) -> int:
@@ -177,59 +147,26 @@ class TD3Learner:
 
     # Experience -------------------------------------------------------------------------------------------------------------------
 
-    def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
-        """Plays one episode in every parallel environment, with noise on the actions, and remembers them.
+    def _explorer(self, env_steps: int) -> NetActor | RandomActor:
+        if env_steps < self.config.warmup:
+            return RandomActor(self.spec.n_actions, self.generator, continuous=True)
+        return self._actor(self.policy.acting(), noisy(self._kind, self.config.exploration_noise, self.generator))
 
-        Args:
-            env: The training environments.
-            env_steps: Environment steps done before.
-            seed: Seed of this round.
-        """
-        c = self.config
-        actor: NetActor | RandomActor
-        if env_steps < c.warmup:
-            actor = RandomActor(self.spec.n_actions, self.generator, continuous=True)
-        else:
-            actor = self._actor(self.policy.acting(), noisy(self._kind, c.exploration_noise, self.generator))
-        episodes = collect_episodes(env, actor, seed)
+    def _remember(self, episodes: Episodes) -> None:
         self.replay.add(episodes)
-        self._owed += episodes.steps / c.env_steps_per_update
-        self._pool.fill(episodes)
-        return episodes
-
-    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
-        """Who acts with the weights of ``phase``, without noise.
-
-        Raises:
-            UsageError: Actions are to be drawn, and a deterministic policy is no distribution.
-        """
-        if sample:
-            raise UsageError(f"{self.algo} learns one action for each observation, and no distribution to draw from: leave sample out")
-        return self._actor(self.policy.acting() if phase == "act" else self.net.snapshot(phase), likeliest(self._kind))
-
-    def _actor(self, weights: Weights, choose: Choice) -> NetActor:
-        return NetActor(self.net, weights, choose, self.rule)
-
-    def random_actor(self) -> RandomActor:
-        """A policy that does not look."""
-        return RandomActor(self.spec.n_actions, torch.Generator(self.device).manual_seed(0), continuous=True)
+        self._owed += episodes.steps / self.config.env_steps_per_update
 
     # Learning ---------------------------------------------------------------------------------------------------------------------
 
     def learn(self, progress: float, env_steps: int) -> None:
-        """Takes as many gradient steps as the experience so far is due.
-
-        Args:
-            progress: Share of training done, in [0, 1].
-            env_steps: Environment steps done.
-        """
+        """Takes as many gradient steps as the experience so far is due; arguments as for :meth:`Learner.learn`."""
         c = self.config
         if env_steps < c.warmup:
             self._owed = 0.0
             return
         due, self._owed = int(self._owed), self._owed - int(self._owed)
         n_step = min(c.n_step, self.spec.episode_limit)
-        self._moved = self._pool.moved() if self.sharing.wants_policy_kl else None
+        self._policy_kl = self._moved()
         for _ in range(due):
             self.update(self.replay.sample(c.batch_size, n_step, c.gamma, self.generator), progress, env_steps)
 
@@ -253,7 +190,7 @@ class TD3Learner:
             weights = self.policy.begin(progress, self.generator)
             self.policy.step(self.policy_loss(batch, weights), weights)
             # How far the policy has moved in a round is said once.
-            moved, self._moved = self._moved, None
+            moved, self._policy_kl = self._policy_kl, None
             events = self.policy.settle(progress, env_steps, moved, self.generator)
             self._target.follow(1.0 if events.frozen else c.target_tau)
             self._target_critic.follow(c.target_tau)
@@ -328,35 +265,21 @@ class TD3Learner:
 
     def metrics(self) -> dict[str, float]:
         """What to log, under public names; those of the critics' masks and steps begin with ``critic_``."""
-        return self.critic.metrics("critic_") | self.policy.metrics() | self._pool.metrics()
+        return self.critic.metrics("critic_") | super().metrics()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything that is needed to go on bit for bit."""
-        return {
-            "policy": self.policy.state_dict(),
-            "critic": self.critic.state_dict(),
-            "target": self._target.state_dict(),
-            "target_critic": self._target_critic.state_dict(),
-            "replay": self.replay.state_dict(),
-            "generator": self.generator.get_state(),
-            "pool": self._pool.state_dict(),
-            "owed": self._owed,
-            "resets": (self._resets, self._intervals),
-        }
+        targets = {"target": self._target.state_dict(), "target_critic": self._target_critic.state_dict()}
+        own = {"critic": self.critic.state_dict(), "replay": self.replay.state_dict()}
+        return super().state_dict() | targets | own | {"owed": self._owed, "resets": (self._resets, self._intervals)}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self.policy.load_state_dict(state["policy"])
+        super().load_state_dict(state)
         self.critic.load_state_dict(state["critic"])
         self._target.load_state_dict(state["target"])
         self._target_critic.load_state_dict(state["target_critic"])
         self.replay.load_state_dict(state["replay"])
-        self.generator.set_state(state["generator"].cpu())
-        self._pool.load_state_dict(state["pool"])
         self._owed, (self._resets, self._intervals) = float(state["owed"]), state["resets"]
-
-    def load_policy_state(self, state: dict) -> None:
-        """Takes the policy's net and scheme alone: enough to act and to inspect."""
-        self.policy.load_policy_state(state["policy"])

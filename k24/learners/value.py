@@ -16,18 +16,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from k24.actions import KINDS
-from k24.envs.base import EnvSpec, TeamEnv
 from k24.errors import UsageError
+from k24.learners.base import Learner
 from k24.learners.mixers import make_mixer
-from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates, rule_for
+from k24.learners.optimise import CriticSharing, Target, Trainee, check_rates
 from k24.learners.replay import EpisodeReplay, Episodes, last_steps
-from k24.learners.rollout import Choice, NetActor, RandomActor, collect_episodes, epsilon_greedy, slots_of
-from k24.learners.statistics import PolicyPool, RunningMoments
+from k24.learners.rollout import NetActor, epsilon_greedy, slots_of
+from k24.learners.statistics import RunningMoments
 from k24.learners.targets import greedy_value, masked_mse, n_step_targets, td_lambda_targets
 from k24.nets import AgentNet, Weights
-from k24.sharing.base import Sharing
-from k24.sparse.slots import Phase, SlotRule
 
 
 @dataclass(frozen=True)
@@ -111,111 +108,51 @@ class ValueConfig:
             raise UsageError(f"individual_rewards needs algo iql, got algo {algo}: a mixer has one value for the team")
 
 
-class ValueLearner:
-    """Q-learning for teams.
+class ValueLearner(Learner):
+    """Q-learning for teams: ``iql``, ``vdn`` or ``qmix``. Arguments are those of :class:`Learner`; there is no critic.
 
-    Args:
-        algo: ``iql``, ``vdn`` or ``qmix``.
-        spec: The environment's sizes.
-        sharing: The parameter-sharing scheme; fresh, it becomes the learner's own.
-        config: Settings.
-        hidden: Hidden units of the agent net.
-        agent_id: Append agent indices to observations; the scheme's preference when None.
-        seed: Seed of initial weights and of all random numbers of the learner.
-        device: Where it learns.
-        rule: Which slot of the scheme each row uses; the agent's index when None.
-        critic_sharing: Not used: there is no critic.
-
-    Raises:
-        UsageError: Actions are continuous, or the rule has another number of slots than the scheme.
+    Attributes:
+        mixer: Makes one value of the agents'; None for ``iql``.
+        replay: Episodes played.
     """
 
     settings: ClassVar[type] = ValueConfig
-    kind = "discrete"
+    config: ValueConfig
 
-    def __init__(
-        self,
-        algo: str,
-        spec: EnvSpec,
-        sharing: Sharing,
-        config: ValueConfig | None = None,
-        hidden: int = 64,
-        agent_id: bool | None = None,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        rule: SlotRule | None = None,
-        critic_sharing: CriticSharing | None = None,
-    ) -> None:
-        if spec.continuous:
-            raise UsageError(f"{algo} chooses among discrete actions, and this task's are continuous: choose another task or learner")
-        self.rule = rule_for(rule, spec, sharing)
-        self.algo, self.spec, self.sharing, self.config = algo, spec, sharing, config or ValueConfig()
-        c, self.device = self.config, torch.device(device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, sharing, agent_id).to(self.device)
-            mixer = make_mixer(algo, spec.n_agents, spec.state_dim, c.mixer_embed, c.hypernet_hidden)
+    def _kind_of_policy(self) -> str:
+        if self.spec.continuous:
+            raise UsageError(f"{self.algo} chooses among discrete actions, and this task's are continuous: choose another task or learner")
+        return "discrete"
+
+    def _build(self, hidden: int, agent_id: bool | None, critic_sharing: CriticSharing) -> None:
+        c, spec = self.config, self.spec
+        net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, self.sharing, agent_id).to(self.device)
+        mixer = make_mixer(self.algo, spec.n_agents, spec.state_dim, c.mixer_embed, c.hypernet_hidden)
         self.mixer = mixer.to(self.device) if mixer is not None else None
         others = [] if self.mixer is None else [self.mixer]
-        self.policy = Trainee("loss_td", self.net, sharing, c.lr, c.grad_clip, (c.lr_decay_start, c.lr_final), others, c.optimiser)
+        self.policy = Trainee("loss_td", net, self.sharing, c.lr, c.grad_clip, (c.lr_decay_start, c.lr_final), others, c.optimiser)
         self._target = Target(self.policy, self.mixer)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.replay = EpisodeReplay(c.buffer_size, self.device)
         self._rewards = RunningMoments()
         self._owed = 0.0
-        self._pool = PolicyPool(KINDS[self.kind], self.net, self.rule)
-
-    @property
-    def updates(self) -> int:
-        """Gradient steps taken."""
-        return self.policy.updates
 
     # Experience -------------------------------------------------------------------------------------------------------------------
 
-    def gather(self, env: TeamEnv, env_steps: int, seed: int) -> Episodes:
-        """Plays one episode in every parallel environment and remembers them.
-
-        Args:
-            env: The training environments.
-            env_steps: Environment steps done before.
-            seed: Seed of this round.
-        """
+    def _explorer(self, env_steps: int) -> NetActor:
         c = self.config
         epsilon = max(c.epsilon_finish, c.epsilon_start - (c.epsilon_start - c.epsilon_finish) * env_steps / c.epsilon_anneal)
-        episodes = collect_episodes(env, self._actor(self.policy.acting(), epsilon_greedy(epsilon, self.generator)), seed)
+        return self._actor(self.policy.acting(), epsilon_greedy(epsilon, self.generator))
+
+    def _remember(self, episodes: Episodes) -> None:
         self.replay.add(episodes)
         reward = self._team_reward(episodes)
         self._rewards.update(reward[_like(episodes.valid, reward)])
-        self._owed += episodes.steps / c.env_steps_per_update
-        self._pool.fill(episodes)
-        return episodes
-
-    def actor(self, phase: Phase = "act", sample: bool = False, seed: int = 0) -> NetActor:
-        """Who acts, by the action of largest value with the weights of ``phase``.
-
-        Raises:
-            UsageError: Actions are to be drawn, and action values are no distribution.
-        """
-        if sample:
-            raise UsageError(f"{self.algo} learns action values, which are no distribution to draw from: leave sample out")
-        return self._actor(self.policy.acting() if phase == "act" else self.net.snapshot(phase))
-
-    def _actor(self, weights: Weights, choose: Choice | None = None) -> NetActor:
-        return NetActor(self.net, weights, choose, self.rule)
-
-    def random_actor(self) -> RandomActor:
-        """A policy that does not look."""
-        return RandomActor(self.spec.n_actions, torch.Generator(self.device).manual_seed(0))
+        self._owed += episodes.steps / self.config.env_steps_per_update
 
     # Learning ---------------------------------------------------------------------------------------------------------------------
 
     def learn(self, progress: float, env_steps: int) -> None:
-        """Takes as many gradient steps as the experience so far is due.
-
-        Args:
-            progress: Share of training done, in [0, 1].
-            env_steps: Environment steps done.
-        """
+        """Takes as many gradient steps as the experience so far is due; arguments as for :meth:`Learner.learn`."""
         if self.replay.size < self.config.batch_size:
             self._owed = 0.0
             return
@@ -241,8 +178,7 @@ class ValueLearner:
         loss = self.td_loss(batch, weights, observe=True)
         self.policy.step(loss, weights)
         c, whole = self.config, self.updates % self.config.target_update == 0
-        moved = self._pool.moved() if self.sharing.wants_policy_kl and whole else None
-        events = self.policy.settle(progress, env_steps, moved, self.generator)
+        events = self.policy.settle(progress, env_steps, self._moved() if whole else None, self.generator)
         if events.frozen or whole or c.target_tau > 0:
             self._target.follow(c.target_tau if c.target_tau > 0 and not events.frozen else 1.0)
         return loss.detach()
@@ -306,37 +242,20 @@ class ValueLearner:
             return batch.reward.permute(1, 2, 0)
         return total[..., None].expand(-1, -1, self.spec.n_agents)
 
-    def metrics(self) -> dict[str, float]:
-        """What to log, under public names."""
-        return self.policy.metrics() | self._pool.metrics()
-
     # Checkpoints ------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything that is needed to go on bit for bit."""
-        return {
-            "policy": self.policy.state_dict(),
-            "target": self._target.state_dict(),
-            "replay": self.replay.state_dict(),
-            "generator": self.generator.get_state(),
-            "rewards": self._rewards.state_dict(),
-            "owed": self._owed,
-            "pool": self._pool.state_dict(),
-        }
+        own = {"target": self._target.state_dict(), "replay": self.replay.state_dict(), "rewards": self._rewards.state_dict()}
+        return super().state_dict() | own | {"owed": self._owed}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
-        self.policy.load_state_dict(state["policy"])
+        super().load_state_dict(state)
         self._target.load_state_dict(state["target"])
         self.replay.load_state_dict(state["replay"])
-        self.generator.set_state(state["generator"].cpu())
         self._rewards.load_state_dict(state["rewards"])
         self._owed = float(state["owed"])
-        self._pool.load_state_dict(state["pool"])
-
-    def load_policy_state(self, state: dict) -> None:
-        """Takes the nets and the scheme alone: enough to act and to inspect."""
-        self.policy.load_policy_state(state["policy"])
 
 
 def _like(flags: Tensor, values: Tensor) -> Tensor:
