@@ -2,27 +2,31 @@
 
 Every agent sees the SAME inputs and must match its own random two-layer teacher (16 → 32 → 8). A network that cannot
 tell its agents apart can only learn the mean of the teachers. The student is 16 → H → H → 8, its layers come from the
-sharing scheme, and it gets no agent index (``fups_id`` here means one bias vector per agent and layer, the strongest
-form of it). Reported is the mean squared error over the variance of the targets, with the masks that would be deployed.
+sharing scheme, and it gets no agent index (``fups_bias``, one bias vector per agent and layer, is the strongest form of
+it). Reported is the mean squared error over the variance of the targets, with the masks that would be deployed.
 
-    python examples/hetero_regression.py --sharing k24 --agents 8 python examples/hetero_regression.py --logits sum
-    --normalise none --alpha-lr-scale 1 --forward gumbel --temperature-on all   # the first formulation
+    python examples/hetero_regression.py --sharing k24 --agents 8
+    python examples/hetero_regression.py --sharing k24 fups_bias nops --agents 2 3 8 16 32 --match macs --png regression.png
+    python examples/hetero_regression.py --logits sum --normalise none --alpha-lr-scale 1 --forward gumbel \\
+        --temperature-on all --anneal-end 0.8   # the first formulation
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from k24.sharing import SCHEMES, DenseLinear, K24Config, KaleidoscopeConfig, Sharing, SharingConfig, make_sharing
-from k24.sparse import apply_slots
+from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, Sharing, SharingConfig, SNPConfig, make_sharing
+from k24.sparse import MaskedLinear, apply_slots
 from k24.sparse.metrics import mask_distance, off_diagonal
 
 INPUTS, TEACHER_HIDDEN, OUTPUTS, ROWS = 16, 32, 8, 256
@@ -32,12 +36,16 @@ INPUTS, TEACHER_HIDDEN, OUTPUTS, ROWS = 16, 32, 8, 256
 class Options:
     """Options of the regression."""
 
-    sharing: str = "k24"
-    """Sharing scheme."""
+    sharing: tuple[str, ...] = ("k24",)
+    """Sharing schemes."""
+    agents: tuple[int, ...] = (3,)
+    """Agents, each with its own teacher; one run for each number."""
     hidden: int = 64
     """Hidden units of the student (H)."""
-    agents: int = 3
-    """Agents, each with its own teacher."""
+    match: Literal["width", "macs", "bytes"] = "width"
+    """What is equal between schemes: hidden units, or as near as can be the multiply-adds or the deployed bytes of k24 at --hidden."""
+    png: Path | None = None
+    """Draw the error over the number of agents into this file."""
     seeds: int = 5
     """Runs, with seeds 0, 1, 2, …"""
     steps: int = 3000
@@ -48,19 +56,24 @@ class Options:
     """Settings of k24."""
     kaleidoscope: KaleidoscopeConfig = field(default_factory=KaleidoscopeConfig)
     """Settings of kaleidoscope."""
+    snp: SNPConfig = field(default_factory=SNPConfig)
+    """Settings of snp."""
+    hypermarl: HyperMARLConfig = field(default_factory=HyperMARLConfig)
+    """Settings of hypermarl."""
+
+    @property
+    def schemes(self) -> SharingConfig:
+        """Settings of all schemes."""
+        return SharingConfig(self.masks, self.kaleidoscope, self.snp, self.hypermarl)
 
 
 class Student(nn.Module):
     """Three layers of a sharing scheme, with ReLU between them."""
 
-    def __init__(self, hidden: int, sharing: Sharing, own_bias: bool) -> None:
+    def __init__(self, hidden: int, sharing: Sharing) -> None:
         super().__init__()
-        n = sharing.n_slots
-        if own_bias:
-            sharing.layers.extend(DenseLinear(i, o, n, own_bias=True, bias_scale=0.1) for i, o in self.sizes(hidden))
-        else:
-            for (i, o), role in zip(self.sizes(hidden), ("input", "hidden", "output"), strict=True):
-                sharing.linear(i, o, role)  # type: ignore[arg-type]
+        for (i, o), role in zip(self.sizes(hidden), ("input", "hidden", "output"), strict=True):
+            sharing.linear(i, o, role)  # type: ignore[arg-type]
         self.layers = nn.ModuleList(sharing.layers)
 
     @staticmethod
@@ -86,19 +99,46 @@ def teachers(agents: int, seed: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def run(options: Options, seed: int) -> dict[str, float]:
+@torch.no_grad()
+def cost(student: Student, agents: int) -> dict[str, float]:
+    """Multiply-adds of one agent's pass, and bytes that a deployment needs: values that differ between agents, and codes of masks."""
+    macs = size = 0.0
+    for layer in student.layers:
+        made = layer.materialise("deploy")
+        macs += float((made.weight != 0).sum()) / len(made.weight)
+        if isinstance(layer, MaskedLinear):
+            size += 4 * layer.weight.numel() + layer.codes.numel() * layer.patterns.code_bits / 8
+        else:
+            size += 4 * made.weight.numel()
+        size += 4 * made.bias.numel()
+    return {"macs": macs, "bytes": size}
+
+
+def matched(options: Options, scheme: str, agents: int) -> int:
+    """Hidden units of a scheme that cost what k24 costs at ``options.hidden``; multiples of 4, as untrained."""
+    if options.match == "width":
+        return options.hidden
+
+    def costs(name: str, hidden: int) -> float:
+        return cost(Student(hidden, make_sharing(name, agents, options.schemes)), agents)[options.match]
+
+    target = costs("k24", options.hidden)
+    return min(range(4, 4 * options.hidden + 1, 4), key=lambda hidden: abs(costs(scheme, hidden) - target))
+
+
+def run(options: Options, scheme: str, agents: int, hidden: int, seed: int) -> dict[str, float]:
     """Trains one student and returns its normalised error and what its masks look like."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    first, second = teachers(options.agents, seed)
-    sharing = make_sharing(options.sharing, options.agents, SharingConfig(options.masks, options.kaleidoscope))
-    student = Student(options.hidden, sharing, own_bias=options.sharing == "fups_id")
+    first, second = teachers(agents, seed)
+    sharing = make_sharing(scheme, agents, options.schemes)
+    student = Student(hidden, sharing)
     apart = {id(p): scale for p, scale in sharing.trained_apart()}
     groups = [{"params": [p], "scale": apart.get(id(p), 1.0)} for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(groups, lr=options.lr)
 
     def batch(rows: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(1, rows, INPUTS, generator=generator).expand(options.agents, -1, -1)
+        x = torch.randn(1, rows, INPUTS, generator=generator).expand(agents, -1, -1)
         return x, F.relu(x @ first.transpose(1, 2)) @ second.transpose(1, 2)
 
     for step in range(options.steps):
@@ -120,31 +160,66 @@ def run(options: Options, seed: int) -> dict[str, float]:
         x, y = batch(4096)
         out, weights = student(x, "deploy")
         nmse = float(F.mse_loss(out, y) / y.var())
-        kept = [(w.weight != 0).float() for w in weights]
-        macs = sum(float(k.mean()) * i * o for k, (i, o) in zip(kept, Student.sizes(options.hidden), strict=True))
+        kept = [(w.weight != 0).float().expand(agents, -1, -1) for w in weights]
         distance = float(off_diagonal(mask_distance(kept)).mean())
-    return {"nmse": nmse, "macs": round(macs), "mask_hamming": distance}
+    return {"nmse": nmse, "mask_hamming": distance, **cost(student, agents)}
+
+
+def draw(rows: list[dict], path: Path, match: str) -> None:
+    """The error over the number of agents, a line for each scheme, with the range of its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.8, 4.4), constrained_layout=True)
+    for k, scheme in enumerate(dict.fromkeys(row["sharing"] for row in rows)):
+        mine = [row for row in rows if row["sharing"] == scheme]
+        x, y = [row["agents"] for row in mine], [row["nmse"] for row in mine]
+        low, high = ([f(row["nmse_by_seed"]) for row in mine] for f in (min, max))
+        style = {"linewidth": 2.6, "marker": "o"} if scheme == "k24" else {"linewidth": 1.4, "marker": "."}
+        (line,) = axis.plot(x, y, label=scheme, color=f"C{k}", **style)  # type: ignore[arg-type]
+        axis.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    equal = {"width": "hidden units", "macs": "multiply-adds", "bytes": "deployed bytes"}[match]
+    axis.set(
+        xscale="log", yscale="log", xlabel="agents", ylabel="normalised squared error", title=f"Agents that see the same, equal {equal}"
+    )
+    axis.set_xticks(sorted({row["agents"] for row in rows}), [str(n) for n in sorted({row["agents"] for row in rows})])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    """Runs all seeds, prints each, and the means as JSON in the last line."""
+    """Runs all seeds of all cases, prints a line for each case, and all of it as JSON in the last line."""
     options = tyro.cli(Options, description=__doc__)
-    if options.sharing not in SCHEMES:
-        raise SystemExit(f"unknown sharing scheme {options.sharing!r}: known are {', '.join(SCHEMES)}")
+    for scheme in options.sharing:
+        if scheme not in SCHEMES:
+            raise SystemExit(f"unknown sharing scheme {scheme!r}: known are {', '.join(SCHEMES)}")
+        if scheme == "seps":
+            raise SystemExit("seps groups agents by what random play shows of them, and nothing is played here: leave it out")
     torch.set_num_threads(1)
-    results = []
-    for seed in range(options.seeds):
-        start = time.perf_counter()
-        results.append(run(options, seed))
-        print(
-            f"seed {seed}: nmse {results[-1]['nmse']:.4f}  mask distance {results[-1]['mask_hamming']:.3f} "
-            f"{time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-    mean = {key: sum(r[key] for r in results) / len(results) for key in results[0]}
-    print(
-        json.dumps({**mean, "nmse_by_seed": [round(r["nmse"], 5) for r in results], "sharing": options.sharing, "hidden": options.hidden})
-    )
+    rows = []
+    for agents in options.agents:
+        print(f"| {agents} agents | hidden | error of {options.seeds} seeds (range) | multiply-adds | bytes | mask distance | s |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for scheme in options.sharing:
+            start, hidden = time.perf_counter(), matched(options, scheme, agents)
+            found = [run(options, scheme, agents, hidden, seed) for seed in range(options.seeds)]
+            row: dict[str, Any] = {key: statistics.fmean(r[key] for r in found) for key in found[0]}
+            by_seed = [r["nmse"] for r in found]
+            row |= {"nmse_by_seed": [round(value, 5) for value in by_seed], "sharing": scheme, "agents": agents, "hidden": hidden}
+            rows.append(row)
+            print(
+                f"| {scheme} | {hidden} | {row['nmse']:.4f} ({min(by_seed):.4f} to {max(by_seed):.4f}) | {row['macs']:,.0f} | "
+                f"{row['bytes']:,.0f} | {row['mask_hamming']:.2f} | {(time.perf_counter() - start) / options.seeds:.0f} |",
+                flush=True,
+            )
+    if options.png is not None:
+        draw(rows, options.png, options.match)
+    print(json.dumps(rows[0] if len(rows) == 1 else {"match": options.match, "rows": rows}))
 
 
 if __name__ == "__main__":
