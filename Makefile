@@ -37,11 +37,11 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis k24/kernels/_cpu*.so
 	find . -path ./results -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What only the tests need all of: every suite of environments (0.8 GB, most of it JAX and MuJoCo), and Triton, whose interpreter runs the GPU
-# kernels on a CPU (0.7 GB).
+# What only the tests need all of: every suite of environments (0.8 GB, most of it JAX and MuJoCo), Triton, whose interpreter runs the GPU
+# kernels on a CPU (0.7 GB), and Ray for sweeps (0.3 GB).
 $(EVERYTHING): $(STAMP)
-	@echo 'installing every suite of environments, and Triton: 1.5 GB more'
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'k24[envs]' "triton; sys_platform == 'linux'"
+	@echo 'installing every suite of environments, Triton and Ray: 1.8 GB more'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'k24[envs,sweep]' "triton; sys_platform == 'linux'"
 	touch $@
 
 # UNFINISHED holds the process that installs and becomes STAMP as the last step. Whoever finds one left behind by a dead process starts

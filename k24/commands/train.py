@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from k24.commands.options import parse, peek, take
 from k24.errors import UsageError
@@ -40,8 +40,42 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+class Request(NamedTuple):
+    """What ``k24 train`` was asked for.
+
+    Attributes:
+        config: A :class:`~k24.config.TrainConfig`.
+        folder: Run folder; None for the default one.
+        resume: Whether to go on with the run there.
+        quiet: Whether to show no progress bar.
+        notes: Lines that the user should see.
+    """
+
+    config: Any
+    folder: Path | None
+    resume: bool
+    quiet: bool
+    notes: list[str]
+
+
 def train_command(arguments: list[str]) -> None:
     """Reads the options and trains."""
+    request = read_request(arguments)
+    for note in request.notes:
+        print(note)
+    run_training(request.config, request.folder, request.resume, request.quiet)
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """Reads the options of ``k24 train``.
+
+    Args:
+        arguments: As on the command line.
+
+    Raises:
+        HelpShown: They asked for help, which has been printed.
+        UsageError: Something is wrong with them.
+    """
     from k24.config import PRESETS, TrainConfig, for_algo, load_config, preset
     from k24.learners import LEARNERS
 
@@ -68,10 +102,10 @@ def train_command(arguments: list[str]) -> None:
         f"Each --algo has options of its own: these are those of {start.algo}."
     )
     config = parse(TrainConfig, given, "train", start, text)
-    source = config_file or preset_name
+    source, notes = config_file or preset_name, []
     if source is not None and type(config.learner) is not type(base.learner):
-        print(f"the learner's settings in {source} are those of {base.algo}: {config.algo} starts from its own defaults")
-    run_training(config, Path(out) if out is not None else None, resume, quiet)
+        notes.append(f"the learner's settings in {source} are those of {base.algo}: {config.algo} starts from its own defaults")
+    return Request(config, Path(out) if out is not None else None, resume, quiet, notes)
 
 
 def refuse_options_of_others(algo: str, settings: Mapping[str, type], given: Sequence[str]) -> None:
