@@ -15,6 +15,7 @@ from k24.commands.bench import bench_command
 from k24.commands.envs import check_env_command, tasks_command
 from k24.commands.options import HelpShown
 from k24.commands.policies import eval_command, export_command, inspect_command
+from k24.commands.report import report_command
 from k24.commands.sweep import sweep_command
 from k24.commands.train import Interrupted, train_command
 from k24.errors import K24Error, unknown_name
@@ -79,6 +80,7 @@ def _usage() -> str:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (train_command, "train a team on a task"),
     "sweep": (sweep_command, "train many methods on many tasks with many seeds"),
+    "report": (report_command, "compare finished runs: statistics, tables, pictures"),
     "eval": (eval_command, "play a trained policy"),
     "export": (export_command, "write a trained policy into one file"),
     "inspect": (inspect_command, "look at the masks of a run or a policy"),

@@ -47,17 +47,17 @@ LAYERS: dict[str, set[str]] = {
     "export": {"sparse", "kernels", "policy", "onnx", "nets", "files", "evaluate"},
     "inspection": {"sparse", "kernels", "artifact", "export", "evaluate"},
     # on top
-    "report": {"config"},
-    "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "report"},
+    "report": {"files", "config", "evaluate", "inspection"},
+    "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate"},
     "bench": {
         *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("artifact", "onnx", "export", "evaluate", "train"),
     },
     "suites": {"sharing"},
-    "sweep": {"envs", "config", "checkpoint", "evaluate", "report", "train"},
+    "sweep": {"envs", "config", "checkpoint", "evaluate", "train"},
     "commands": {
         *("sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
-        *("export", "evaluate", "inspection", "train", "bench", "suites", "sweep"),
+        *("export", "evaluate", "inspection", "train", "bench", "suites", "sweep", "report"),
     },
     "cli": {"commands"},
     "__main__": {"cli"},

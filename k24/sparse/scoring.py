@@ -4,7 +4,7 @@ Module A scores weight ``k`` of a group for slot ``i``::
 
     S_i = |W| · EMA_i(|x|) · g(alpha_i),    g = sigmoid or exp
 
-``sigmoid`` can only take away: it ends at 1, and where it is near, alpha gets no gradient. ``exp`` goes as far up as down, and the gradient of
+``sigmoid`` can only take away: it ends at 1, and near there alpha gets no gradient. ``exp`` goes as far up as down, and the gradient of
 ``log S`` to alpha is 1 everywhere.
 
 Module B turns the M scores of a group into logits over the P patterns, a distribution ``pi = softmax(kappa · logits / tau)``, and a mask.

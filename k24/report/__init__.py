@@ -1,0 +1,113 @@
+"""Reports over finished runs: statistics with intervals, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from k24.errors import UsageError, unknown_name
+from k24.evaluate import EVAL_SEED, build_env, build_learner, load_run, play
+from k24.evaluate import summary as summary_of
+from k24.files import write_atomically
+from k24.inspection import inspect_run
+from k24.report import markdown, pictures
+from k24.report.runs import Grid, make_grid, read_runs
+from k24.report.statistics import REPS
+from k24.report.summary import METRICS, marl_eval, normalised, plain, summarise
+
+# Episodes of random play.
+EPISODES = 256
+
+
+def report(
+    folders: Sequence[Path],
+    out: Path,
+    metric: str = "return",
+    reference: str | None = None,
+    partial: bool = False,
+    random: bool = False,
+    reps: int = REPS,
+) -> dict[str, Any]:
+    """Compares all finished runs below some folders.
+
+    ``out`` gets ``report.md``, ``report.json``, ``marl_eval.json`` and the pictures. The same runs give the same bytes.
+
+    Args:
+        folders: Where run folders are.
+        out: Folder for the report; made if missing.
+        metric: ``return`` or ``win_rate``.
+        reference: Method that the others are compared with; the first that is k24 when None, else none.
+        partial: Compare what all methods have, instead of refusing unequal grids.
+        random: Play each task at random too, once; what it gets is kept in ``random.json``.
+        reps: Bootstrap samples.
+
+    Returns:
+        What ``report.json`` holds.
+
+    Raises:
+        UsageError: Runs are missing, damaged, or can't be compared.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is no folder: give folders with runs somewhere below them, such as results/mpe")
+    grid = make_grid(*read_runs(folders), partial)
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
+    lacking = [run.folder for runs in grid.runs.values() for run in runs if METRICS[metric] not in run.evaluation]
+    if lacking:
+        raise UsageError(f"{lacking[0]} has no {metric}: its task knows no victory, compare returns")
+    if reference is None:
+        reference = next((m for m in grid.methods if m.partition("-")[2] == "k24"), None)
+    elif reference not in grid.methods:
+        raise unknown_name("method", reference, grid.methods)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        played = _random_play(grid, out, random, metric)
+        summary = summarise(grid, metric, reference, played, _costs(grid), reps)
+        drawn = pictures.draw(grid, summary, normalised(grid, metric, played), out)
+        counts = sorted({int(run.evaluation["episodes"]) for runs in grid.runs.values() for run in runs})
+        text = markdown.write(summary, drawn, " or ".join(map(str, counts)))
+        write_atomically(out / "report.md", text.encode())
+        write_atomically(out / "report.json", json.dumps(plain(summary), indent=1).encode())
+        write_atomically(out / "marl_eval.json", json.dumps(marl_eval(grid)).encode())
+    except OSError as error:
+        raise UsageError(f"cannot write the report into {out} ({error.strerror}): choose another --out") from error
+    return plain(summary)
+
+
+def _costs(grid: Grid) -> dict[tuple[str, str], dict[str, int]]:
+    """Multiply-adds, parameters and bytes of each method's first run on each task."""
+    found = {}
+    for cell, runs in grid.runs.items():
+        inspected = inspect_run(load_run(runs[0].folder))
+        found[cell] = {name: int(inspected[name]) for name in ("macs_per_act", "params", "bytes")}
+    return found
+
+
+def _random_play(grid: Grid, out: Path, wanted: bool, metric: str) -> dict[str, float]:
+    """What random play gets on each task, where it was asked for now or before."""
+    path, known = out / "random.json", {}
+    if path.exists():
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            known = {str(task): {str(k): float(v) for k, v in found.items()} for task, found in known.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is damaged: delete it, and add --random to play again") from error
+    for task in grid.tasks:
+        if not wanted or task in known:
+            continue
+        config = grid.runs[grid.methods[0], task][0].config
+        env = build_env(config, 64)
+        try:
+            outcome = summary_of(play(build_learner(config, env.spec).random_actor(), env, EPISODES, EVAL_SEED))
+        finally:
+            env.close()
+        known[task] = {name: float(outcome[key]) for name, key in METRICS.items() if key in outcome}
+    if wanted:
+        write_atomically(path, json.dumps(known, indent=1).encode())
+    return {task: known[task][metric] for task in grid.tasks if metric in known.get(task, {})}
+
+
+__all__ = ["report"]

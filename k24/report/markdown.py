@@ -1,0 +1,90 @@
+"""A report as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from k24.report.statistics import Estimate
+
+DEFINED = {
+    "return": "**Return**: rewards as the environment gives them, undiscounted, summed over agents and over the steps of an episode; "
+    "of a run, the mean over {episodes} episodes of its final evaluation with the deployed masks.",
+    "win_rate": "**Win rate**: share of {episodes} episodes of a run's final evaluation that ended in victory, with the deployed masks.",
+}
+
+
+def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> str:
+    """The report in Markdown.
+
+    Args:
+        summary: Of :func:`k24.report.summary.summarise`.
+        pictures: File by title, in the order in which they are shown.
+        episodes: Of the final evaluations, as text.
+    """
+    metric, reference = summary["metric"], summary["reference"]
+    digits = 1 if metric == "return" else 3
+    lines = ["# Report", "", DEFINED[metric].format(episodes=episodes), ""]
+    lines += [
+        "Intervals are of 95%: Student's t for the mean of one task, percentile bootstraps over the seeds of each task for all else.",
+        "",
+    ]
+    if summary["left_out"]:
+        lines += ["**Left out:** " + "; ".join(summary["left_out"]) + ".", ""]
+    few = min(len(task["seeds"]) for task in summary["tasks"].values())
+    if few < 5:
+        lines += [f"**Few seeds:** some task has {few}; bootstraps of so few runs are too narrow. Read differences as leads.", ""]
+
+    for name, task in summary["tasks"].items():
+        lines += [f"## {name}", "", f"{len(task['seeds'])} seeds ({', '.join(map(str, task['seeds']))})."]
+        if task["random"] is not None:
+            lines[-1] += f" Random play: {task['random']:.{digits}f}."
+        costed = any("macs_per_act" in found for found in task["methods"].values())
+        head = ["method", "mean", "95% interval", "IQM", "each seed", *(["multiply-adds", "parameters", "bytes"] if costed else [])]
+        lines += ["", _row(head), _row(["---"] * len(head))]
+        for method, found in sorted(task["methods"].items(), key=lambda item: -item[1]["mean"].value):
+            mean, iqm = found["mean"], found["iqm"]
+            cells = [method, f"{mean.value:.{digits}f}", _interval(mean, digits), f"{iqm.value:.{digits}f}"]
+            cells.append(", ".join(f"{value:.{digits}f}" for value in found["each"]))
+            if costed:
+                cells += [f"{found[key]:,}" if key in found else "" for key in ("macs_per_act", "params", "bytes")]
+            lines.append(_row(cells))
+        lines.append("")
+
+    several = len(summary["tasks"]) > 1
+    lines += ["## All tasks together" if several else "## Normalised", ""]
+    known = [name for name, task in summary["tasks"].items() if task["random"] is not None]
+    low = "what random play gets" if len(known) == len(summary["tasks"]) else "the worst run of all methods"
+    if known and len(known) < len(summary["tasks"]):
+        low += f" (random play for {', '.join(known)})"
+    lines += [f"Scores are scaled per task: 0 is {low}, 1 the best run.", "", _row(["method", "IQM", "mean", "median"]), _row(["---"] * 4)]
+    for method, found in sorted(summary["together"].items(), key=lambda item: -item[1]["iqm"].value):
+        lines.append(_row([method, *(f"{found[k].value:.3f} ({_interval(found[k], 3)})" for k in ("iqm", "mean", "median"))]))
+    lines.append("")
+
+    if reference is not None:
+        lines += [f"## {reference} against the others", ""]
+        said = f"Probability that a run of {reference} is better than one of the other method, mean over tasks"
+        lines += [
+            f"{said}; better and worse where intervals of means are apart.",
+            "",
+            _row(["other", "probability", "better on", "undecided on", "worse on"]),
+            _row(["---"] * 5),
+        ]
+        for other, chance in summary["improvement"].items():
+            where = {v: [t for t in summary["tasks"] if summary["against"][t][other] == v] for v in ("better", "undecided", "worse")}
+            cells = [other, f"{chance.value:.2f} ({_interval(chance, 2)})", *(", ".join(where[v]) or "–" for v in where)]
+            lines.append(_row(cells))
+        lines.append("")
+    for title, file in pictures.items():
+        lines += [f"![{title}]({file})", ""]
+    return "\n".join(lines)
+
+
+def _interval(found: Estimate, digits: int) -> str:
+    if found.low is None or found.high is None:
+        return "unknown, one seed"
+    return f"{found.low:.{digits}f} to {found.high:.{digits}f}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

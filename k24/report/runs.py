@@ -1,0 +1,199 @@
+"""Finished runs, read from their folders and put into a grid of methods × tasks × seeds.
+
+A run folder is ``…/<algo>-<method>/seed<k>``, as ``k24 train`` and ``k24 sweep`` name them; its task is the one in its configuration,
+with the task's arguments. A method's name holds the options that set it apart, ``qmix-k24,div_coef=0``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k24.config import TrainConfig, load_config, to_dict
+from k24.errors import UsageError
+
+# Settings that may differ between the methods that are compared on a task: what makes the method, and what does not change what is learned.
+FREE = ("algo", "sharing", "seed", "device", "threads", "workers", "checkpoint_every", "log_every")
+# Settings of schemes. Two methods differ in them by being different methods; within one they are the same in every run.
+OF_SCHEMES = ("masks", "kaleidoscope", "snp", "hypermarl", "seps")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run.
+
+    Attributes:
+        folder: Where it is.
+        task: Its task, with arguments: ``toy/specialisation,n_agents=4``.
+        method: Algorithm and method, as its folder is called.
+        config: Its configuration.
+        evaluation: What ``eval.json`` holds.
+        log: Lines of ``metrics.jsonl``.
+    """
+
+    folder: Path
+    task: str
+    method: str
+    config: TrainConfig
+    evaluation: dict[str, Any]
+    log: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.config.seed
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """What was logged under a name, as (environment steps, value)."""
+        return [(int(row["steps"]), float(row[name])) for row in self.log if name in row]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs that can be compared: every method has every task, with the same seeds.
+
+    Attributes:
+        methods: Names, in alphabetical order.
+        tasks: Likewise.
+        runs: By method and task, in the order of seeds.
+        left_out: What was found and does not take part, for people.
+    """
+
+    methods: list[str]
+    tasks: list[str]
+    runs: dict[tuple[str, str], list[RunRecord]]
+    left_out: list[str]
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
+    """All runs below some folders.
+
+    Returns:
+        Those that are finished, and the folders of those that are not.
+
+    Raises:
+        UsageError: There are none, or one can't be read.
+    """
+    found, unfinished = [], []
+    for folder in sorted({path.parent for root in folders for path in root.rglob("config.yaml")}):
+        config = load_config(folder / "config.yaml")
+        if not (folder / "eval.json").exists():
+            unfinished.append(folder)
+            continue
+        method = folder.parent.name
+        if not method.startswith(f"{config.algo}-"):
+            raise UsageError(f"{folder} is a run of {config.algo}, and its folder is not called {config.algo}-<method>/seed<k>: rename it")
+        task = ",".join([config.task, *config.env_args])
+        found.append(RunRecord(folder, task, method, config, _read_evaluation(folder), _read_log(folder)))
+    if not found:
+        raise UsageError(f"no finished runs below {', '.join(map(str, folders))}: a finished run holds an eval.json")
+    return found, unfinished
+
+
+def _read_evaluation(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        if not isinstance(found["return_mean"], int | float):
+            raise TypeError("return_mean is no number")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{folder / 'eval.json'} is damaged ({type(error).__name__}): delete it, and resume the run") from error
+    return found
+
+
+def _read_log(folder: Path) -> list[dict[str, Any]]:
+    """Lines of the log; a kill may have cut the last one short."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {folder / 'metrics.jsonl'} ({type(error).__name__}): run it again, or leave it out") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"steps": int(row["steps"]), **row})
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                continue
+            raise UsageError(f"{folder / 'metrics.jsonl'}, line {number}, is damaged: run it again, or leave the run out") from error
+    return rows
+
+
+def make_grid(runs: Sequence[RunRecord], unfinished: Sequence[Path] = (), partial: bool = False) -> Grid:
+    """Puts runs side by side, and refuses those that can't be compared.
+
+    Args:
+        runs: Finished ones.
+        unfinished: Folders of others.
+        partial: Take the largest part that every method has, and say what is left out, instead of refusing.
+
+    Raises:
+        UsageError: A method lacks a task or a seed, a run is not finished, a run is there twice, or settings differ.
+    """
+    cells: dict[tuple[str, str], dict[int, RunRecord]] = {}
+    for run in runs:
+        cell = cells.setdefault((run.method, run.task), {})
+        if run.seed in cell:
+            raise UsageError(f"{run.folder} and {cell[run.seed].folder} are the same run: leave one of them out")
+        cell[run.seed] = run
+    methods, tasks = sorted({m for m, _ in cells}), sorted({t for _, t in cells})
+    missing = [f"{folder} is not finished" for folder in unfinished]
+    kept: dict[tuple[str, str], list[RunRecord]] = {}
+    for task in tasks:
+        having = [m for m in methods if (m, task) in cells]
+        seeds = sorted({seed for m in having for seed in cells[m, task]})
+        for method in methods:
+            lacking = [str(s) for s in seeds if s not in cells.get((method, task), {})]
+            if method not in having:
+                missing.append(f"{method} has no run of {task}")
+            elif lacking:
+                missing.append(f"{method} lacks seed {', '.join(lacking)} of {task}")
+        common = [s for s in seeds if all(s in cells.get((m, task), {}) for m in methods)]
+        if common:
+            _require_alike([cells[m, task][s] for m in methods for s in common])
+            kept |= {(m, task): [cells[m, task][s] for s in common] for m in methods}
+    if missing and not partial:
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UsageError(f"unequal grid: {missing[0]}{more}: finish the runs, or compare what all have with --partial")
+    tasks = sorted({task for _, task in kept})
+    if not tasks:
+        raise UsageError(
+            f"the methods {', '.join(methods)} have no run in common, on any task with any seed: give folders that belong together"
+        )
+    return Grid(methods, tasks, kept, missing)
+
+
+def _require_alike(runs: Iterable[RunRecord]) -> None:
+    """Refuses runs of one task that differ in more than what makes their methods."""
+    first: RunRecord | None = None
+    by_method: dict[str, RunRecord] = {}
+    for run in runs:
+        first = first or run
+        same = by_method.setdefault(run.method, run)
+        for other, free in ((first, FREE + OF_SCHEMES), (same, ("seed", *FREE[3:]))):
+            here, there = _settings(run.config), _settings(other.config)
+            if other.config.algo != run.config.algo:
+                free = (*free, "learner")
+            named = {*_named(run.method), *_named(other.method)} if other is not same else set()
+            for name in sorted(here.keys() | there.keys()):
+                if name.partition(".")[0] in free or name in named or name.rpartition(".")[2] in named:
+                    continue
+                if here.get(name) != there.get(name):
+                    differ = f"{run.folder} has {name}={here.get(name)} and {other.folder} {name}={there.get(name)}"
+                    raise UsageError(f"{differ}: compare runs of equal settings, or name the option in the method's folder")
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """All settings, parts of parts by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _named(method: str) -> list[str]:
+    """Options that a method's folder names."""
+    return [found[1].replace("-", "_") for item in method.split(",")[1:] if (found := re.match(r"([\w.-]+)=", item))]

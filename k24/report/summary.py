@@ -1,0 +1,112 @@
+"""Numbers of a report: each method on each task, all tasks together, who beats whom, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from k24.report import statistics
+from k24.report.runs import Grid, RunRecord
+from k24.report.statistics import Estimate, Scores
+
+METRICS = {"return": "return_mean", "win_rate": "win_rate"}
+
+
+def scores_of(runs: list[RunRecord], metric: str) -> np.ndarray:
+    """Final evaluations, one number per seed."""
+    return np.array([float(run.evaluation[METRICS[metric]]) for run in runs])
+
+
+def normalised(grid: Grid, metric: str, random: dict[str, float]) -> dict[str, Scores]:
+    """Scores of each method, one array per task, from 0 for the worst run of all (or random play, where known) to 1 for the best run.
+
+    Args:
+        grid: The runs.
+        metric: ``return`` or ``win_rate``.
+        random: What random play gets, by task; tasks may be missing.
+    """
+    result: dict[str, list[np.ndarray]] = {method: [] for method in grid.methods}
+    for task in grid.tasks:
+        every = {method: scores_of(grid.runs[method, task], metric) for method in grid.methods}
+        high = max(float(s.max()) for s in every.values())
+        low = random.get(task, min(float(s.min()) for s in every.values()))
+        for method, scores in every.items():
+            result[method].append((scores - low) / (high - low) if high > low else np.ones_like(scores))
+    return {method: list(scores) for method, scores in result.items()}
+
+
+def summarise(grid: Grid, metric: str, reference: str | None, random: dict[str, float], costs: dict, reps: int) -> dict[str, Any]:
+    """Everything that is written into ``report.json``.
+
+    Args:
+        grid: The runs.
+        metric: ``return`` or ``win_rate``.
+        reference: Method that the others are compared with; None for no such comparison.
+        random: What random play gets, by task.
+        costs: By method and task, what :func:`k24.inspection.inspect_run` says.
+        reps: Bootstrap samples.
+    """
+    tasks: dict[str, Any] = {}
+    for task in grid.tasks:
+        tasks[task] = {"random": random.get(task), "methods": {}, "seeds": [run.seed for run in grid.runs[grid.methods[0], task]]}
+        for method in grid.methods:
+            runs = grid.runs[method, task]
+            values = scores_of(runs, metric)
+            tasks[task]["methods"][method] = {
+                "mean": statistics.student(values),
+                "iqm": statistics.estimate(statistics.iqm, [values], reps=reps),
+                "each": values.tolist(),
+                **costs.get((method, task), {}),
+            }
+    scores = normalised(grid, metric, random)
+    result: dict[str, Any] = {
+        "metric": metric,
+        "reference": reference,
+        "tasks": tasks,
+        "together": {
+            method: {
+                name: statistics.estimate(function, scores[method], reps=reps)
+                for name, function in (("iqm", statistics.iqm), ("mean", statistics.mean), ("median", statistics.median))
+            }
+            for method in grid.methods
+        },
+        "left_out": grid.left_out,
+    }
+    if reference is not None:
+        others = [method for method in grid.methods if method != reference]
+        result["improvement"] = {
+            other: statistics.estimate(statistics.probability_of_improvement, scores[reference], scores[other], reps=reps)
+            for other in others
+        }
+        result["against"] = {task: {other: _verdict(tasks[task]["methods"], reference, other) for other in others} for task in grid.tasks}
+    return result
+
+
+def _verdict(methods: dict[str, Any], reference: str, other: str) -> str:
+    """``better`` or ``worse`` where the intervals of the means are apart, else ``undecided``."""
+    mine, theirs = (methods[name]["mean"] for name in (reference, other))
+    if None in (*mine, *theirs):
+        return "undecided"
+    return "better" if mine.low > theirs.high else "worse" if mine.high < theirs.low else "undecided"
+
+
+def marl_eval(grid: Grid) -> dict[str, Any]:
+    """The runs in the layout that the marl-eval tools read: environment, task, algorithm, run, steps."""
+    result: dict[str, Any] = {}
+    for (method, task), runs in grid.runs.items():
+        suite, _, name = task.partition("/")
+        into = result.setdefault(suite, {}).setdefault(name, {}).setdefault(method, {})
+        for run in runs:
+            steps = {f"step_{k}": {"step_count": step, "return": [value]} for k, (step, value) in enumerate(run.curve("return_eval"))}
+            into[f"run_{run.seed}"] = {**steps, "absolute_metrics": {"return": [float(run.evaluation["return_mean"])]}}
+    return result
+
+
+def plain(value: Any) -> Any:
+    """Estimates as dictionaries, for JSON."""
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
