@@ -1,0 +1,189 @@
+"""Reports: what is compared, what is refused, and what stands in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_train import BASE
+
+from k24.cli import main
+from k24.config import save_config
+from k24.errors import UsageError
+from k24.report import report
+from k24.report.runs import make_grid, read_runs
+from k24.report.summary import marl_eval
+from k24.train import train
+
+
+def write_run(root: Path, method: str, seed: int, value: float, task: str = "toy/memory", unfinished: bool = False, **settings) -> Path:
+    """A run folder without a training."""
+    scheme = method.partition("-")[2].partition(",")[0]
+    config = dataclasses.replace(BASE, task=task, sharing=scheme, seed=seed, **settings)
+    folder = root / task / method / f"seed{seed}"
+    folder.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    lines = [json.dumps({"steps": step, "return_eval": value * step / 100, "snd": 0.5}) for step in (50, 100)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    if not unfinished:
+        found = {"return_mean": value, "return_ci95": [value, value], "episodes": 32, "steps": 100, "task": task}
+        (folder / "eval.json").write_text(json.dumps(found))
+    return folder
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Path:
+    """Two methods, two seeds, one task."""
+    for method, values in (("qmix-k24", (3.0, 4.0)), ("qmix-fups_id", (1.0, 2.0))):
+        for seed, value in enumerate(values):
+            write_run(tmp_path, method, seed, value)
+    return tmp_path
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_put_side_by_side(four: Path) -> None:
+    write_run(four, "qmix-k24", 0, 9.0, "toy/specialisation", env_args=("n_agents=4",))
+    write_run(four, "qmix-fups_id", 0, 8.0, "toy/specialisation", env_args=("n_agents=4",))
+    runs, unfinished = read_runs([four])
+    assert not unfinished
+    grid = make_grid(runs)
+    assert (grid.methods, grid.tasks) == (["qmix-fups_id", "qmix-k24"], ["toy/memory", "toy/specialisation,n_agents=4"])
+    assert [run.evaluation["return_mean"] for run in grid.runs["qmix-k24", "toy/memory"]] == [3.0, 4.0]
+    assert grid.runs["qmix-k24", "toy/memory"][1].curve("return_eval") == [(50, 2.0), (100, 4.0)]
+    assert grid.left_out == []
+    found = marl_eval(grid)["toy"]["memory"]["qmix-k24"]
+    assert found["run_1"] == {
+        "step_0": {"step_count": 50, "return": [2.0]},
+        "step_1": {"step_count": 100, "return": [4.0]},
+        "absolute_metrics": {"return": [4.0]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "seeds"),
+    [
+        (lambda root: shutil.rmtree(root / "toy/memory/qmix-k24/seed1"), "qmix-k24 lacks seed 1 of toy/memory", 1),
+        (lambda root: (root / "toy/memory/qmix-k24/seed1/eval.json").unlink(), "seed1 is not finished, and 1 more", 1),
+        (lambda root: write_run(root, "qmix-k24", 0, 1.0, "toy/matrix"), "qmix-fups_id has no run of toy/matrix", 2),
+    ],
+)
+def test_unequal_grids_are_refused_unless_asked_for(four: Path, change, message: str, seeds: int) -> None:
+    change(four)
+    with pytest.raises(UsageError, match=f"unequal grid: .*{message}.*--partial"):
+        make_grid(*read_runs([four]))
+    grid = make_grid(*read_runs([four]), partial=True)
+    assert grid.tasks == ["toy/memory"] and len(grid.left_out) >= 1
+    assert {len(runs) for runs in grid.runs.values()} == {seeds}
+
+
+def test_settings_that_must_be_equal(four: Path) -> None:
+    for seed in (0, 1):
+        write_run(four, "qmix-nops", seed, 1.0, hidden=12)
+    with pytest.raises(UsageError, match=r"qmix-nops.seed0 has hidden=12 and .* hidden=8: compare runs of equal settings"):
+        make_grid(*read_runs([four]))
+
+
+def test_an_option_that_the_folder_names_may_differ(four: Path) -> None:
+    for seed in (0, 1):
+        write_run(four, "qmix-nops,hidden=12", seed, 1.0, hidden=12)
+        masks = dataclasses.replace(BASE.masks, div_coef=0.0)
+        write_run(four, "qmix-k24,div-coef=0", seed, 1.0, masks=masks)
+    assert len(make_grid(*read_runs([four])).methods) == 4
+
+
+def test_runs_of_one_method_have_the_same_masks(four: Path) -> None:
+    shutil.rmtree(four / "toy/memory/qmix-k24/seed1")
+    write_run(four, "qmix-k24", 1, 4.0, masks=dataclasses.replace(BASE.masks, div_coef=0.5))
+    with pytest.raises(UsageError, match="masks.div_coef=0.5 and .*div_coef=0.1"):
+        make_grid(*read_runs([four]))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_a_kill_cut_short_is_read(four: Path) -> None:
+    log = four / "toy/memory/qmix-k24/seed0/metrics.jsonl"
+    log.write_text(log.read_text() + '{"steps": 150, "return_ev')
+    runs, _ = read_runs([four])
+    assert all(len(run.log) == 2 for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", '{"steps": 1}\nno json\n{"steps": 3}\n', "metrics.jsonl, line 2, is damaged"),
+        ("eval.json", "{", "eval.json is damaged"),
+        ("eval.json", '{"return_mean": "high"}', "eval.json is damaged"),
+        ("config.yaml", "algo: [", "config.yaml is no YAML"),
+    ],
+)
+def test_damage_is_told_in_one_line(four: Path, capfd, name: str, content: str, message: str) -> None:
+    (four / "toy/memory/qmix-k24/seed0" / name).write_text(content)
+    assert main(["report", str(four), "--out", str(four / "report")]) == 2
+    said = capfd.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no folder given"),
+        (["nowhere"], "nowhere is no folder"),
+        ([".", "--reps", "0"], "reps (=0) must be at least 1"),
+        ([".", "--metric", "win_rate"], "has no win_rate"),
+        ([".", "--reference", "qmix-k25"], "unknown method 'qmix-k25': did you mean 'qmix-k24'?"),
+        (["empty"], "no finished runs below empty"),
+    ],
+)
+def test_wrong_requests(four: Path, capfd, monkeypatch, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(four)
+    (four / "empty").mkdir()
+    assert main(["report", *arguments]) == 2
+    said = capfd.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+# --- a whole report --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two methods, two seeds, really trained for a moment."""
+    root = tmp_path_factory.mktemp("trained")
+    for sharing in ("k24", "fups_id"):
+        for seed in (0, 1):
+            config = dataclasses.replace(BASE, sharing=sharing, seed=seed)
+            train(config, root / BASE.task / f"{BASE.algo}-{sharing}" / f"seed{seed}")
+    return root
+
+
+def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
+    out = tmp_path / "report"
+    assert main(["report", str(trained), "--out", str(out), "--random", "--reps", "200"]) == 0
+    printed = capfd.readouterr().out
+    found, text = json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
+    assert text in printed
+    last = json.loads(printed.splitlines()[-1])
+    assert last["seeds"] == {BASE.task: 2} and set(last["iqm"]) == {f"{BASE.algo}-k24", f"{BASE.algo}-fups_id"}
+
+    mine, theirs = (found["tasks"][BASE.task]["methods"][f"{BASE.algo}-{name}"] for name in ("k24", "fups_id"))
+    evaluations = [json.loads(path.read_text())["return_mean"] for path in sorted(trained.rglob("*-k24/seed*/eval.json"))]
+    assert mine["each"] == evaluations and mine["mean"]["value"] == pytest.approx(sum(evaluations) / 2)
+    assert mine["macs_per_act"] < 0.6 * theirs["macs_per_act"], "half, but for groups that padding fills"
+    assert mine["params"] > theirs["params"]
+    assert found["reference"] == f"{BASE.algo}-k24" and set(found["against"][BASE.task]) == {f"{BASE.algo}-fups_id"}
+    assert "Few seeds" in text and "summed over agents" in text and f"Random play: {found['tasks'][BASE.task]['random']:.1f}" in text
+    pictures = [line.split("(")[-1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert len(pictures) >= 5 and all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(out / "random.json", again)
+    report([trained], again, reps=200)
+    for name in ("report.md", "report.json", "marl_eval.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes(), "the same runs give the same bytes"
