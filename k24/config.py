@@ -16,7 +16,7 @@ import yaml
 
 from k24.errors import UsageError, unknown_name
 from k24.learners import LEARNERS, LearnerConfig
-from k24.sharing import SCHEMES, K24Config, KaleidoscopeConfig, SharingConfig
+from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, SePSConfig, SharingConfig, SNPConfig
 from k24.sparse.patterns import PatternSet
 
 MAX_HIDDEN = 16_384
@@ -33,7 +33,8 @@ class TrainConfig:
     algo: str = "qmix"
     """Learner: iql, vdn, qmix, ippo, mappo or matd3."""
     sharing: str = "k24"
-    """How agents share parameters: k24, k24_random, k24_shared, kaleidoscope, fups, fups_id or nops."""
+    """How agents share parameters: k24, k24_random, k24_shared, k24_magnitude, kaleidoscope, snp, hypermarl, seps, fups, fups_id,
+    fups_bias, multihead or nops."""
     steps: int = 1_000_000
     """Environment steps, counted over all parallel environments."""
     seed: int = 0
@@ -72,6 +73,12 @@ class TrainConfig:
     """Settings of k24 and its controls."""
     kaleidoscope: KaleidoscopeConfig = field(default_factory=KaleidoscopeConfig)
     """Settings of the kaleidoscope baseline."""
+    snp: SNPConfig = field(default_factory=SNPConfig)
+    """Settings of the snp baseline."""
+    hypermarl: HyperMARLConfig = field(default_factory=HyperMARLConfig)
+    """Settings of the hypermarl baseline."""
+    seps: SePSConfig = field(default_factory=SePSConfig)
+    """Settings of the seps baseline."""
 
     def __post_init__(self) -> None:
         """Checks each value, then those that depend on each other; no environment is built."""
@@ -114,7 +121,7 @@ class TrainConfig:
     @property
     def sharing_config(self) -> SharingConfig:
         """Settings of all schemes."""
-        return SharingConfig(self.masks, self.kaleidoscope)
+        return SharingConfig(self.masks, self.kaleidoscope, self.snp, self.hypermarl, self.seps)
 
     @property
     def critic_sharing(self) -> str:

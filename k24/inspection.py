@@ -23,14 +23,34 @@ if TYPE_CHECKING:
 def deployed_bytes(net: Net) -> int:
     """Bytes that a deployment needs.
 
-    A masked layer: the shared weight once and one packed code per group and slot. Any other: as many weights as slots that differ.
+    A masked layer: the shared weight once and one packed code per group and slot. Any other: what is stored of it, see :func:`_stored`. A
+    policy file holds as much, but where slots have the same weights, or lack some of them: there it has a copy for each.
     """
     total = 0
     for layer in net.linears:
-        total += layer.weight.numel() * layer.weight.element_size() + 4 * layer.bias.numel()
-        if layer.codes is not None:
-            total += -(-layer.codes.numel() * layer.patterns.code_bits // 8)
+        (weights, bits), (biases, more_bits) = _stored(layer.weight), _stored(layer.bias)
+        total += weights * layer.weight.element_size() + 4 * biases
+        bits += more_bits if layer.codes is None else layer.codes.numel() * layer.patterns.code_bits
+        total += -(-bits // 8)
     return total
+
+
+def _stored(values: Tensor) -> tuple[int, int]:
+    """How many values must be stored of those of all slots ``[S, O, I]`` or ``[S, O]``, and bits that say which of them a slot has.
+
+    Slots that have the same values need them once. So do slots that lack some of the same values: these need bits besides, one for each
+    row and each column of a slot that lacks whole ones, else one for each value.
+    """
+    distinct = values.flatten(1).unique(dim=0)
+    common = distinct.gather(0, distinct.abs().argmax(0, keepdim=True))
+    if len(distinct) == 1 or not bool(((distinct == 0) | (distinct == common)).all()):
+        return distinct.numel(), 0
+    has = values != 0
+    if has.dim() == 2:
+        return common.numel(), 0  # rows that a weight of the same layer tells
+    rows, columns = has.any(2), has.any(1)
+    whole = bool(torch.equal(has, rows[:, :, None] & columns[:, None]))
+    return common.numel(), rows.numel() + columns.numel() if whole else has.numel()
 
 
 def _kept(layer: Linear) -> Tensor:
@@ -49,7 +69,7 @@ def inspect_net(net: Net) -> dict[str, Any]:
 
     Returns:
         ``overall_sparsity`` (of the masked layers where there are any), ``pattern_entropy`` (bits of the chosen patterns' usage; None
-        without masks), ``mask_hamming``, ``params`` (values held, masks aside), ``macs_per_act`` (multiply-adds of one joint action:
+        without masks), ``mask_hamming``, ``params`` (values stored, masks aside), ``macs_per_act`` (multiply-adds of one joint action:
         every weight that an agent keeps), ``bytes``; and for the tables ``layers`` (name, sparsity per layer), ``distance``
         (``[A, A]``), ``pattern_usage``.
     """
@@ -62,7 +82,7 @@ def inspect_net(net: Net) -> dict[str, Any]:
         "overall_sparsity": 1 - float(sum(m.sum() for m in counted)) / sum(m.numel() for m in counted),
         "pattern_entropy": None,
         "mask_hamming": float(off_diagonal(distance).mean()),
-        "params": sum(layer.weight.numel() + layer.bias.numel() for layer in net.linears),
+        "params": sum(_stored(layer.weight)[0] + _stored(layer.bias)[0] for layer in net.linears),
         "macs_per_act": sum(int(mask.sum(dtype=torch.float64)) for mask in everyones),
         "bytes": deployed_bytes(net),
         "layers": {name: 1 - float(mask.mean()) for name, mask in zip(layer_names(net), masks, strict=True)},
@@ -90,7 +110,8 @@ def inspect_run(run: Run) -> dict[str, Any]:
     """
     from k24.export import net_of
 
-    return inspect_net(net_of(run.learner.net)) | {"params": sum(p.numel() for p in run.learner.net.parameters())}
+    trained = sum(p.numel() for p in run.learner.net.parameters() if p.requires_grad) - run.learner.sharing.idle()
+    return inspect_net(net_of(run.learner.net)) | {"params": trained}
 
 
 def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:

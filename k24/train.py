@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from k24.allocator import keep_freed_memory, told_when_memory_is_short
 from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.config import TrainConfig, first_difference, load_config, save_config
+from k24.envs import TeamEnv
 from k24.errors import UsageError
 from k24.evaluate import EVAL_SEED, build_env, build_learner, pinned, play, resolve_device, restore, summary
 from k24.files import write_atomically
+from k24.learners import Learner, collect_episodes
+from k24.learners.rollout import slots_of
+from k24.sharing import Experience
 from k24.sparse.slots import Phase
 
 # Settings that may differ when a run is resumed: none of them changes what is learned.
@@ -185,6 +191,9 @@ def _train(
         restore(learner.load_state_dict, state, folder)
         rounds, next_log, next_eval, next_checkpoint = (int(state[k]) for k in ("rounds", "next_log", "next_eval", "next_checkpoint"))
         metrics = dict(state["metrics"])
+    elif learner.sharing.random_play:
+        # Built anew, so that targets and all else begin with what the scheme has made of it.
+        learner = build_learner(config, env.spec, env.device, experience=play_at_random(learner, env, config.seed))
     first, start = steps, time.perf_counter()
     log = MetricLog(folder, steps)
 
@@ -252,6 +261,31 @@ def _train(
         log.close()
         env.close()
         eval_env.close()
+
+
+def play_at_random(learner: Learner, env: TeamEnv, seed: int) -> Experience:
+    """Whole rounds of random play, until there is as much as the learner's scheme wants to see before training.
+
+    Args:
+        learner: The learner.
+        env: The training environments.
+        seed: Seed of the run; rounds have seeds of their own.
+    """
+    actor, steps = learner.random_actor(), 0
+    parts: list[list[Tensor]] = []
+    while steps < learner.sharing.random_play:
+        episodes = collect_episodes(env, actor, round_seed(seed, -1 - len(parts))).cut()
+        steps += episodes.steps
+        slots, alive = slots_of(learner.rule, episodes.obs, episodes.alive)
+        if slots is None:
+            slots = torch.arange(len(episodes.obs), device=env.device)[:, None, None].expand(episodes.obs.shape[:-1])
+            slots = slots if alive is None else slots.where(alive, -1)
+        # Of a unit that dies, or becomes another one, nobody knows what its action led to.
+        kept = episodes.valid & (slots[:, :-1] >= 0) & (slots[:, 1:] == slots[:, :-1])
+        actions = episodes.actions if env.spec.continuous else F.one_hot(episodes.actions, env.spec.n_actions).float()
+        rows = (slots[:, :-1], episodes.obs[:, :-1], actions, episodes.reward, episodes.obs[:, 1:])
+        parts.append([part[kept] for part in rows])
+    return Experience(steps, *(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def round_seed(seed: int, rounds: int) -> int:

@@ -117,7 +117,7 @@ def test_the_help_of_a_name_lists_what_there_is():
             "hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or more",
         ),
         ({"sharing": "k25"}, "unknown sharing scheme 'k25': did you mean 'k24'?"),
-        ({"sharing": "zzzzzzz"}, "unknown sharing scheme 'zzzzzzz': known: fups, fups_id, "),
+        ({"sharing": "zzzzzzz"}, "unknown sharing scheme 'zzzzzzz': known: fups, fups_bias, fups_id, "),
         ({"steps": 0}, "steps (=0) must be at least 1"),
         ({"envs": -3}, "envs (=-3) must be at least 1"),
         ({"hidden": 0}, "hidden (=0) must be at least 1"),
@@ -191,7 +191,7 @@ def test_env_args_are_read_as_what_they_look_like():
 # --- the scheme of critics -----------------------------------------------------------------------------------------------------
 
 LIKE_THE_POLICY = {scheme: scheme for scheme in SCHEMES}
-OWN_NETWORKS = {"fups": "nops", "fups_id": "nops", "k24_shared": "nops"}
+OWN_NETWORKS = dict.fromkeys(["fups", "fups_id", "k24_shared", "k24_magnitude", "seps"], "nops")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,8 @@ def test_critics_follow_the_policy_as_far_as_that_makes_sense(n_slots, ensemble,
         assert described(found) == described(make_critic_sharing("nops", expected[policy], n_slots, ensemble)), policy
         for requested in SCHEMES:
             if ensemble and n_slots > 1 and requested in OWN_NETWORKS:
-                with pytest.raises(UsageError, match=f"critic_sharing {requested} makes all critics one"):
+                said = "puts agents together by what they do" if requested == "seps" else "makes all critics one"
+                with pytest.raises(UsageError, match=f"critic_sharing {requested} {said}"):
                     make_critic_sharing(policy, requested, n_slots, ensemble)
                 continue
             asked = make_critic_sharing(policy, requested, n_slots, ensemble)
@@ -225,9 +226,9 @@ def test_a_run_that_would_never_learn_is_refused():
 
 
 def test_how_many_critics_an_ensemble_has():
-    """Five where they are masks on one network, two where each is a network of its own."""
+    """Five where they are masks on one network, two where each is a network of its own or runs as one."""
     counts = {policy: make_critic_sharing(policy, "auto", None, True).n_slots for policy in SCHEMES}
-    assert counts == {"k24": 5, "k24_random": 5, "k24_shared": 2, "kaleidoscope": 5, "fups": 2, "fups_id": 2, "nops": 2}
+    assert counts == dict.fromkeys(SCHEMES, 2) | dict.fromkeys(["k24", "k24_random", "kaleidoscope", "snp"], 5)
     assert make_critic_sharing("k24", "nops", None, True).n_slots == 2
     assert make_critic_sharing("nops", "kaleidoscope", None, True).n_slots == 5
 

@@ -48,7 +48,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def some_sequence(net: AgentNet, steps: int = 4, rows: int = 5) -> Tensor:
-    return torch.randn(net.n_agents, steps, rows, net.obs_dim, dtype=net.layers["fc1"].weight.dtype)
+    return torch.randn(net.n_agents, steps, rows, net.obs_dim, dtype=next(net.parameters()).dtype)
 
 
 def with_index(net: AgentNet, obs: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from k24.sparse.gru import gru_step
 from k24.sparse.layers import MaskedLinear
 from k24.sparse.slots import SlotRule, SlotWeights, by_unit_type
 
-SCHEMES_TRIED = ["k24", "k24_random", "k24_shared", "kaleidoscope", "fups", "fups_id", "nops"]
 AGENTS, SLOTS, HIDDEN, OBS, ACTIONS = 4, 3, 8, 6, 5
 
 
@@ -86,7 +85,7 @@ def sequences(kind: str, steps: int, rows: int, g: torch.Generator) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["whole", "deaths", "arrivals", "anything"])
-@pytest.mark.parametrize("scheme", SCHEMES_TRIED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_outputs_and_gradients_are_those_of_single_rows(scheme: str, kind: str) -> None:
     g = torch.Generator().manual_seed(1)
     net = make_net(scheme)
@@ -306,10 +305,6 @@ def test_the_dead_take_an_available_action() -> None:
     actor.reset(3)
     actions = actor(Observation(obs, torch.zeros(3, 1), avail, torch.zeros(AGENTS, 3, dtype=torch.bool)))
     assert torch.equal(actions, torch.full((AGENTS, 3), 2))
-
-
-def test_every_scheme_is_tried_here() -> None:
-    assert set(SCHEMES_TRIED) == set(SCHEMES)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------------------------------

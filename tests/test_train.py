@@ -182,6 +182,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "k24_random": {"sharing": "k24_random"},
     "k24_shared": {"sharing": "k24_shared"},
     "kaleidoscope": {"sharing": "kaleidoscope", "kaleidoscope": {"reset_interval": 40, "reset_ratio": 0.5, "threshold_lr_scale": 100.0}},
+    "k24_magnitude": {"sharing": "k24_magnitude"},
+    "snp": {"sharing": "snp"},
+    "hypermarl": {"sharing": "hypermarl"},
+    "seps": {"sharing": "seps", "seps": {"random_play": 100, "clusters": 2, "epochs": 2}, "env_args": ("n_agents=3",)},
+    "ippo, seps": {"algo": "ippo", "sharing": "seps", "seps": {"random_play": 100, "epochs": 2}, "learner": FEED_FORWARD},
     "nops": {"sharing": "nops"},
     "fups_id": {"sharing": "fups_id"},
     "iql": {"algo": "iql", "learner": {"optimiser": "rmsprop", "td_lambda": 0.6, "individual_rewards": True}},
@@ -209,7 +214,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["expected", "ippo", "mappo", "ippo, continuous", "mappo, continuous", "matd3", "a simulator"])
+@pytest.mark.parametrize("name", ["expected", "seps", "ippo", "mappo", "ippo, continuous", "mappo, continuous", "matd3", "a simulator"])
 def test_the_same_seed_gives_the_same_run(tmp_path, name):
     config = change(**RUNS[name]) if name in RUNS else _spread()
     for k, name in enumerate(("a", "b")):

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from k24.errors import UsageError, unknown_name
-from k24.sharing.base import Events, Sharing, SlotLayer
+from k24.sharing.base import Events, Experience, Sharing, SlotLayer
 from k24.sharing.dense import Dense, DenseLinear
+from k24.sharing.hypermarl import HyperMARL, HyperMARLConfig
 from k24.sharing.k24 import K24, K24Config
 from k24.sharing.kaleidoscope import Kaleidoscope, KaleidoscopeConfig
+from k24.sharing.seps import SePS, SePSConfig
+from k24.sharing.snp import SNP, SNPConfig
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,34 @@ class SharingConfig:
     """K-2:4 and its controls."""
     kaleidoscope: KaleidoscopeConfig = field(default_factory=KaleidoscopeConfig)
     """The Kaleidoscope baseline."""
+    snp: SNPConfig = field(default_factory=SNPConfig)
+    """The SNP-PS baseline."""
+    hypermarl: HyperMARLConfig = field(default_factory=HyperMARLConfig)
+    """The HyperMARL baseline."""
+    seps: SePSConfig = field(default_factory=SePSConfig)
+    """The SePS baseline."""
 
 
 SCHEMES: dict[str, Callable[[int, SharingConfig], Sharing]] = {
     "k24": lambda n, c: K24(n, c.masks),
     "k24_random": lambda n, c: K24(n, c.masks, "random"),
     "k24_shared": lambda n, c: K24(n, c.masks, "shared"),
+    "k24_magnitude": lambda n, c: K24(n, c.masks, "magnitude"),
     "kaleidoscope": lambda n, c: Kaleidoscope(n, c.kaleidoscope),
+    "snp": lambda n, c: SNP(n, c.snp),
+    "hypermarl": lambda n, c: HyperMARL(n, c.hypermarl),
+    "seps": lambda n, c: SePS(n, c.seps),
     "fups": lambda n, c: Dense(n),
     "fups_id": lambda n, c: Dense(n, agent_id=True),
-    "nops": lambda n, c: Dense(n, own=True),
+    "fups_bias": lambda n, c: Dense(n, "biases"),
+    "multihead": lambda n, c: Dense(n, "output"),
+    "nops": lambda n, c: Dense(n, "everything"),
 }
-# Those whose slots have the same weights.
-_ONE_FOR_ALL = ("fups", "fups_id", "k24_shared")
+# Those that cannot make critics of an ensemble differ, and what they make of them.
+_NO_ENSEMBLE = {
+    **dict.fromkeys(("fups", "fups_id", "k24_shared", "k24_magnitude"), "makes all critics one"),
+    "seps": "puts agents together by what they do, and critics do nothing",
+}
 
 
 def make_sharing(name: str, n_slots: int, config: SharingConfig | None = None) -> Sharing:
@@ -60,8 +78,8 @@ def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemb
     Its slots are agents where each agent has a critic of its own (IPPO), and critics where an ensemble of them judges the same joint
     action (MATD3). One critic that serves all (MAPPO) has one slot: it is not deployed, so masks would make it worse and nothing cheaper.
     ``auto`` follows the policy's scheme as far as that makes sense: agents are told apart by what they see, and critics of an ensemble
-    see the same, so that a scheme that has one set of weights for all slots would make them one critic. They are networks of their
-    own then.
+    see the same, so that a scheme that has one set of weights for all slots would make them one critic, and one that compares what
+    slots do would find nothing. They are networks of their own then.
 
     Args:
         policy: The policy's scheme, a key of :data:`SCHEMES`.
@@ -74,15 +92,15 @@ def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemb
         UsageError: There is no such scheme, or it can't make critics of an ensemble differ.
     """
     if requested == "auto":
-        requested = "fups" if n_slots == 1 else "nops" if ensemble and policy in _ONE_FOR_ALL else policy
-    if ensemble and requested in _ONE_FOR_ALL and n_slots != 1:
-        raise UsageError(f"critic_sharing {requested} makes all critics one: use nops or a masked scheme, or set critics to 1")
+        requested = "fups" if n_slots == 1 else "nops" if ensemble and policy in _NO_ENSEMBLE else policy
+    if ensemble and requested in _NO_ENSEMBLE and n_slots != 1:
+        raise UsageError(f"critic_sharing {requested} {_NO_ENSEMBLE[requested]}: use nops or a masked scheme, or set critics to 1")
     return make_sharing(requested, make_sharing(requested, 1, config).critics if n_slots is None else n_slots, config)
 
 
 def dense_critics(n_slots: int | None, ensemble: bool) -> Sharing:
     """The plain scheme of critics: a dense network for each slot, two where their number is left open."""
-    return Dense(n_slots or Dense.critics, own=True)
+    return Dense(n_slots or Dense.critics, "everything")
 
 
 __all__ = [
@@ -90,8 +108,12 @@ __all__ = [
     "Dense",
     "DenseLinear",
     "Events",
+    "Experience",
+    "HyperMARLConfig",
     "K24Config",
     "KaleidoscopeConfig",
+    "SNPConfig",
+    "SePSConfig",
     "Sharing",
     "SharingConfig",
     "SlotLayer",

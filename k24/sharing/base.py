@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,26 @@ class Events:
     retired: list[nn.Parameter] = field(default_factory=list)
 
 
+class Experience(NamedTuple):
+    """What was played at random before training: one row for each moment of a unit that was there before and after it.
+
+    Attributes:
+        steps: Environment steps it took.
+        slots: int64 ``[N]``, whose row it is.
+        obs: ``[N, D]``.
+        actions: ``[N, U]``, one-hot where they are discrete.
+        reward: ``[N]``, the unit's own.
+        next_obs: ``[N, D]``.
+    """
+
+    steps: int
+    slots: Tensor
+    obs: Tensor
+    actions: Tensor
+    reward: Tensor
+    next_obs: Tensor
+
+
 class Sharing(ABC):
     """A parameter-sharing scheme.
 
@@ -64,12 +84,14 @@ class Sharing(ABC):
         agent_id: Whether nets append the agent's one-hot index to its observation, unless told otherwise.
         wants_policy_kl: Whether ``step`` should be told how far the policy has moved.
         critics: Critics of an ensemble whose slots they are, unless told otherwise.
+        random_play: Environment steps of random play that ``prepare`` wants to see before training; 0 for none.
         layers: The layers handed out so far, in order.
     """
 
     agent_id: bool = True
     wants_policy_kl: bool = False
     critics: int = 5
+    random_play: int = 0
 
     def __init__(self, n_slots: int) -> None:
         self.n_slots = n_slots
@@ -90,6 +112,17 @@ class Sharing(ABC):
     @abstractmethod
     def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
         """Builds one layer: a :class:`SlotLayer` or a :class:`~k24.sparse.layers.MaskedLinear`."""
+
+    def prepare(self, experience: Experience, generator: torch.Generator) -> None:
+        """Learns of the slots what there is to know before training; called once, of a run that is new, before any layer is made.
+
+        Args:
+            experience: At least ``random_play`` environment steps.
+            generator: Source of the random numbers, on the CPU.
+        """
+
+    def follow(self, policy: Sharing) -> None:
+        """Takes over what the policy's scheme found out before training: asked of the scheme of critics that are the agents'."""
 
     def resample(self, progress: float, generator: torch.Generator | None = None) -> None:
         """Starts a gradient step: draws what the scheme draws once per step."""
@@ -130,6 +163,10 @@ class Sharing(ABC):
     def retired(self) -> list[nn.Parameter]:
         """Parameters that will never be trained again, as of now."""
         return []
+
+    def idle(self) -> int:
+        """Values of its parameters that no slot uses."""
+        return 0
 
     def metrics(self) -> dict[str, float]:
         """What to log, under public names."""

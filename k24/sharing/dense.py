@@ -1,6 +1,11 @@
-"""The classical schemes: one network for all (FuPS), one plus an agent index (FuPS+ID), one network each (NoPS)."""
+"""The dense schemes: one network for all, with or without an agent index, one network each, and two that lie between.
+
+Between are one network whose biases (``fups_bias``) or whose output layer (``multihead``) are each slot's own.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import nn
@@ -39,19 +44,24 @@ class DenseLinear(SlotLayer):
 
 
 class Dense(Sharing):
-    """FuPS, FuPS+ID or NoPS.
+    """One dense network for all slots, but for what each of them owns.
 
     Args:
         n_slots: Agents.
-        own: One network per agent (NoPS) instead of one for all.
+        own: What each slot owns: nothing if None (FuPS), the ``biases`` of all layers, the recurrent ones included, the ``output`` layer
+            (a head on a shared trunk), or ``everything`` (NoPS).
         agent_id: Whether the agent's index is appended to its observation.
     """
 
-    critics = 2  # each costs a network of its own
+    critics = 2  # each costs a network of its own, or runs as one
 
-    def __init__(self, n_slots: int, own: bool = False, agent_id: bool = False) -> None:
+    def __init__(self, n_slots: int, own: Literal["biases", "output", "everything"] | None = None, agent_id: bool = False) -> None:
         super().__init__(n_slots)
         self.own, self.agent_id = own, agent_id
 
     def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
-        return DenseLinear(in_features, out_features, self.n_slots, own_weight=self.own, own_bias=self.own)
+        whole = self.own == "everything" or (self.own == "output" and role == "output")
+        if self.own == "biases":
+            # To what the slots have in common each adds as much again, so that they differ from the first step.
+            return DenseLinear(in_features, out_features, self.n_slots, own_bias=True, bias_scale=(3 * in_features) ** -0.5)
+        return DenseLinear(in_features, out_features, self.n_slots, own_weight=whole, own_bias=whole)

@@ -1,13 +1,14 @@
-"""K-2:4: one shared weight, a learned N:M mask per slot; and the two controls that show what learning the masks is worth.
+"""K-2:4: one shared weight, a learned N:M mask per slot; and the controls that show what learning the masks is worth.
 
 ``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots
-use. Both cost what K-2:4 costs to run, so that a comparison tells the masks apart from the sparsity.
+use. ``k24_magnitude`` has one for all too, and chooses it by the size of the weights alone. All cost what K-2:4 costs to run,
+so that a comparison tells the masks apart from the sparsity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,7 +25,9 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
-Variant = Literal["learned", "random", "shared"]
+Variant = Literal["learned", "random", "shared", "magnitude"]
+# As often as never: the running magnitude of inputs stays at one.
+_NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,15 @@ class K24(Sharing):
     Args:
         n_slots: Agents, or unit types.
         config: Settings.
-        variant: ``learned``, or one of the controls ``random`` and ``shared``.
+        variant: ``learned``, or one of the controls ``random``, ``shared`` and ``magnitude``.
     """
 
     def __init__(self, n_slots: int, config: K24Config | None = None, variant: Variant = "learned") -> None:
         super().__init__(n_slots)
         self.config, self.variant = config or K24Config(), variant
+        if variant == "magnitude":
+            # The score |W| · EMA(|x|) · sigmoid(alpha) with an EMA of one and alphas that are zero for good.
+            self.config = replace(self.config, hetero_init_scale=0.0, ema_every=_NEVER)
         # 1/P is where independent masks sit; see AdaptiveCoefficient.
         floor = 1 / PatternSet.parse(self.config.pattern).n_patterns if self.config.diversity == "orthogonality" else 1e-3
         self._coefficient = AdaptiveCoefficient(self.config.div_coef, self.config.deque_len, floor)
@@ -101,11 +107,12 @@ class K24(Sharing):
     def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
         if role == "recurrent" and not self.config.mask_rnn:
             return DenseLinear(in_features, out_features, self.n_slots)
-        layer = MaskedLinear(in_features, out_features, 1 if self.variant == "shared" else self.n_slots, config=self.config)
+        layer = MaskedLinear(in_features, out_features, 1 if self.variant in ("shared", "magnitude") else self.n_slots, config=self.config)
         if self.variant == "random":
             legal = layer.patterns.legal(in_features).float()
             uniform = (legal / legal.sum(0))[:, None, None].expand(-1, *layer.codes.shape)
             layer.freeze(inverse_cdf(uniform, torch.rand(layer.codes.shape)))
+        if self.variant in ("random", "magnitude"):
             layer.alpha.requires_grad_(False)
         return layer
 
