@@ -3,8 +3,8 @@
     python examples/scheme_costs.py
     python examples/scheme_costs.py --agents 8 --hidden 128
 
-Counts depend on sizes alone, with two exceptions. Kaleidoscope's thresholds mask more as it learns. SePS chooses how many networks there are
-by what it sees before training; it stands here with as many as agents, and with two. The last line printed is JSON.
+Counts depend on sizes alone, with two exceptions. Kaleidoscope's thresholds mask more as it learns. SePS chooses how many
+networks there are by what it sees before training; it stands here with as many as agents, and with two. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -59,13 +59,14 @@ def report(
     if lacking:
         raise UsageError(f"{lacking[0]} has no {metric}: its task knows no victory, compare returns")
     if reference is None:
-        reference = next((m for m in grid.methods if m.partition("-")[2] == "k24"), None)
+        reference = next((m for m in grid.methods if m == "k24" or m.partition("-")[2] == "k24"), None)
     elif reference not in grid.methods:
         raise unknown_name("method", reference, grid.methods)
     try:
         out.mkdir(parents=True, exist_ok=True)
         played = _random_play(grid, out, random, metric)
-        summary = summarise(grid, metric, reference, played, _costs(grid), reps)
+        costs, unknown = _costs(grid)
+        summary = summarise(grid, metric, reference, played, costs, reps) | {"costs_unknown": unknown}
         drawn = pictures.draw(grid, summary, normalised(grid, metric, played), out)
         counts = sorted({int(run.evaluation["episodes"]) for runs in grid.runs.values() for run in runs})
         text = markdown.write(summary, drawn, " or ".join(map(str, counts)))
@@ -77,13 +78,17 @@ def report(
     return plain(summary)
 
 
-def _costs(grid: Grid) -> dict[tuple[str, str], dict[str, int]]:
-    """Multiply-adds, parameters and bytes of each method's first run on each task."""
-    found = {}
+def _costs(grid: Grid) -> tuple[dict[tuple[str, str], dict[str, int]], list[str]]:
+    """Multiply-adds, parameters and bytes of each method's first run on each task; and why some can't be had."""
+    found, unknown = {}, []
     for cell, runs in grid.runs.items():
-        inspected = inspect_run(load_run(runs[0].folder))
+        try:
+            inspected = inspect_run(load_run(runs[0].folder))
+        except UsageError as error:
+            unknown.append(str(error))  # returns can be compared without
+            continue
         found[cell] = {name: int(inspected[name]) for name in ("macs_per_act", "params", "bytes")}
-    return found
+    return found, unknown
 
 
 def _random_play(grid: Grid, out: Path, wanted: bool, metric: str) -> dict[str, float]:

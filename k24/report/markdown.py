@@ -30,6 +30,8 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
     ]
     if summary["left_out"]:
         lines += ["**Left out:** " + "; ".join(summary["left_out"]) + ".", ""]
+    if summary["costs_unknown"]:
+        lines += ["**Costs unknown:** " + "; ".join(summary["costs_unknown"]) + ".", ""]
     few = min(len(task["seeds"]) for task in summary["tasks"].values())
     if few < 5:
         lines += [f"**Few seeds:** some task has {few}; bootstraps of so few runs are too narrow. Read differences as leads.", ""]

@@ -72,6 +72,7 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
             axis.barh(place, found.high - found.low, left=found.low, height=0.55, color=colour[method], alpha=0.35)
         axis.plot([found.value] * 2, [place - 0.28, place + 0.28], color=colour[method], linewidth=3)
     axis.set(yticks=range(len(ranked)), yticklabels=ranked, xlabel="interquartile mean of normalised scores, 95% interval")
+    axis.margins(x=0.06)
     axis.grid(alpha=0.3, axis="x")
     save(figure, "All tasks: interquartile mean", "iqm")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class RunRecord:
     Attributes:
         folder: Where it is.
         task: Its task, with arguments: ``toy/specialisation,n_agents=4``.
-        method: Algorithm and method, as its folder is called.
+        method: Algorithm and method, as its folder is called; the method alone in a grid whose tasks have one algorithm each.
         config: Its configuration.
         evaluation: What ``eval.json`` holds.
         log: Lines of ``metrics.jsonl``.
@@ -133,6 +133,12 @@ def make_grid(runs: Sequence[RunRecord], unfinished: Sequence[Path] = (), partia
     Raises:
         UsageError: A method lacks a task or a seed, a run is not finished, a run is there twice, or settings differ.
     """
+    algorithms: dict[str, set[str]] = {}
+    for run in runs:
+        algorithms.setdefault(run.task, set()).add(run.config.algo)
+    if all(len(names) == 1 for names in algorithms.values()):
+        # Nothing to tell apart by it; and a suite may well learn one task by QMIX and another one by MAPPO.
+        runs = [replace(run, method=run.method.removeprefix(f"{run.config.algo}-")) for run in runs]
     cells: dict[tuple[str, str], dict[int, RunRecord]] = {}
     for run in runs:
         cell = cells.setdefault((run.method, run.task), {})

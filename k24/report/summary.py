@@ -92,14 +92,19 @@ def _verdict(methods: dict[str, Any], reference: str, other: str) -> str:
 
 
 def marl_eval(grid: Grid) -> dict[str, Any]:
-    """The runs in the layout that the marl-eval tools read: environment, task, algorithm, run, steps."""
+    """The runs in the layout that the marl-eval tools read: environment, task (in lower case), algorithm, run, steps."""
     result: dict[str, Any] = {}
     for (method, task), runs in grid.runs.items():
-        suite, _, name = task.partition("/")
+        suite, _, name = task.lower().partition("/")
         into = result.setdefault(suite, {}).setdefault(name, {}).setdefault(method, {})
         for run in runs:
-            steps = {f"step_{k}": {"step_count": step, "return": [value]} for k, (step, value) in enumerate(run.curve("return_eval"))}
-            into[f"run_{run.seed}"] = {**steps, "absolute_metrics": {"return": [float(run.evaluation["return_mean"])]}}
+            logged = {name: dict(run.curve(f"{name}_eval")) for name, key in METRICS.items() if key in run.evaluation}
+            steps: dict[str, Any] = {
+                f"step_{k}": {"step_count": step, **{name: [values[step]] for name, values in logged.items() if step in values}}
+                for k, step in enumerate(sorted(logged["return"]))
+            }
+            final = {name: [float(run.evaluation[METRICS[name]])] for name in logged}
+            into[f"run_{run.seed}"] = {**steps, "absolute_metrics": final}
     return result
 
 
