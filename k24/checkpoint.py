@@ -11,6 +11,7 @@ import hashlib
 import json
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,7 +92,7 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu", mapped: bo
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one error is enough for a file that is none of ours
-            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is none of ours, or holds more than tensors and plain values (none of it was run): {before}"

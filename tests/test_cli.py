@@ -21,7 +21,7 @@ import pytest
 import torch
 from test_train import BASE, Broken, assert_same_run
 
-from k24 import cli
+from k24 import checkpoint, cli
 from k24 import train as train_module
 from k24.cli import main
 from k24.commands.train import stop_on_signal
@@ -265,8 +265,9 @@ def test_help_names_every_setting(capfd, algo):
     out = capfd.readouterr().out
     config = TrainConfig(algo=algo)
     names = [f.name for part in (config, config.learner, config.masks) for f in dataclasses.fields(part)]
-    names += [f"kaleidoscope.{f.name}" for f in dataclasses.fields(config.kaleidoscope)]
-    flags = {f"--{n.replace('_', '-')}" for n in names if n not in ("learner", "masks", "kaleidoscope")}
+    parts = ("kaleidoscope", "snp", "hypermarl", "seps")
+    names += [f"{part}.{f.name}" for part in parts for f in dataclasses.fields(getattr(config, part))]
+    flags = {f"--{n.replace('_', '-')}" for n in names if n not in ("learner", "masks", *parts)}
     shown = set(re.findall(r"--[a-z][a-z.0-9-]*", out))
     assert flags <= shown
     others = {f"--{f.name.replace('_', '-')}" for learner in LEARNERS.values() for f in dataclasses.fields(learner.settings)}
@@ -596,7 +597,7 @@ def _format(folder: Path) -> None:
 
 
 def _empty_state(folder: Path) -> None:
-    torch.save({"format": 2, "steps": 320, "state": {}}, folder / "x")
+    torch.save({"format": checkpoint.FORMAT, "steps": 320, "state": {}}, folder / "x")
     _replace(_newest(folder), (folder / "x").read_bytes())
 
 
@@ -622,7 +623,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (_cut, "is damaged or cut short ("),
     "flipped": (_flip, "bytes, its checksum differs): delete it to go on from step_000000000288.pt"),
     "code": (_pickle, "holds more than tensors and plain values (none of it was run): delete it to go on from step_000000000288.pt"),
-    "format": (_format, "has format 99, this k24 reads format 2: use the k24 version that wrote it, or start over"),
+    "format": (_format, f"has format 99, this k24 reads format {checkpoint.FORMAT}: use the k24 version that wrote it, or start over"),
     "empty": (_empty_state, "does not fit its config.yaml (KeyError: "),
     "index": (_index, "checkpoints/index.json is damaged: restore it, or start over with another --out"),
     "gone": (_gone, "step_000000000320.pt is gone: restore it, or start over with another --out"),

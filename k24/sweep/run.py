@@ -176,6 +176,8 @@ def session(address: str | None, jobs: int | None) -> Iterator[Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Ray Client connection timed out", UserWarning)  # an error says so too
+            # JAX, where a task was built with it, warns of what Ray does here: a fork whose child is another program at once.
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
             if address is None:
                 ray.init("local", num_cpus=jobs or cores(), include_dashboard=False, object_store_memory=STORE, **quiet)
             else:
