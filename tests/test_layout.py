@@ -47,12 +47,12 @@ LAYERS: dict[str, set[str]] = {
     "export": {"sparse", "kernels", "policy", "onnx", "nets", "files", "evaluate"},
     "inspection": {"sparse", "kernels", "artifact", "export", "evaluate"},
     # on top
-    "report": {"files", "config", "evaluate", "inspection"},
     "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate"},
     "bench": {
         *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("artifact", "onnx", "export", "evaluate", "train"),
     },
+    "report": {"files", "policy", "config", "evaluate", "export", "inspection", "bench"},
     "suites": {"sharing"},
     "sweep": {"envs", "config", "checkpoint", "evaluate", "train"},
     "commands": {

@@ -15,6 +15,8 @@ from k24.config import save_config
 from k24.errors import UsageError
 from k24.learners import PPOConfig
 from k24.report import report
+from k24.report.latency import latencies
+from k24.report.pictures import _beats
 from k24.report.runs import make_grid, read_runs
 from k24.report.summary import marl_eval
 from k24.train import train
@@ -156,6 +158,7 @@ def test_damage_is_told_in_one_line(four: Path, capfd, name: str, content: str, 
         ([], "no folder given"),
         (["nowhere"], "nowhere is no folder"),
         ([".", "--reps", "0"], "reps (=0) must be at least 1"),
+        ([".", "--latency", "0"], "latency (=0) must be at least 1"),
         ([".", "--metric", "win_rate"], "has no win_rate"),
         ([".", "--reference", "k25"], "unknown method 'k25': did you mean 'k24'?"),
         (["empty"], "no finished runs below empty"),
@@ -185,7 +188,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
     out = tmp_path / "report"
-    assert main(["report", str(trained), "--out", str(out), "--random", "--reps", "200"]) == 0
+    assert main(["report", str(trained), "--out", str(out), "--random", "--latency", "2", "--reps", "200"]) == 0
     printed = capfd.readouterr().out
     found, text = json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
     assert text in printed
@@ -199,12 +202,34 @@ def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
     assert mine["params"] > theirs["params"]
     assert found["reference"] == "k24" and set(found["against"][BASE.task]) == {"fups_id"}
     assert "Few seeds" in text and "summed over agents" in text and f"Random play: {found['tasks'][BASE.task]['random']:.1f}" in text
+    timed = json.loads((out / "latency.json").read_text())[BASE.task]
+    assert mine["latency_us"] == timed["us"]["k24"] > 0 and timed["envs"] == 2 and timed["machine"]["torch"]
     pictures = [line.split("(")[-1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
-    assert len(pictures) >= 5 and all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert len(pictures) >= 7 and all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
     again = tmp_path / "again"
     again.mkdir()
-    shutil.copy(out / "random.json", again)
-    report([trained], again, reps=200)
+    for name in ("random.json", "latency.json"):
+        shutil.copy(out / name, again)
+    report([trained], again, latency=2, reps=200)
     for name in ("report.md", "report.json", "marl_eval.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), "the same runs give the same bytes"
+
+
+def test_what_was_timed_is_kept_until_a_method_is_missing(trained: Path, tmp_path: Path) -> None:
+    grid, path = make_grid(*read_runs([trained])), tmp_path / "latency.json"
+    kept = {BASE.task: {"envs": 2, "us": {"k24": 1.5, "fups_id": 2.5, "nops": 9.0}, "machine": {"cpu": "another one"}}}
+    path.write_text(json.dumps(kept))
+    assert latencies(grid, path, 2) == ({("k24", BASE.task): 1.5, ("fups_id", BASE.task): 2.5}, [])
+    del kept[BASE.task]["us"]["k24"]
+    path.write_text(json.dumps(kept))
+    found, unknown = latencies(grid, path, 2, seconds=0.1)
+    assert found.keys() == {("k24", BASE.task), ("fups_id", BASE.task)} and found["fups_id", BASE.task] != 2.5 and not unknown
+    assert latencies(grid, path, 3, seconds=0.1)[0] != found, "another number of environments"
+    path.write_text("[]")
+    with pytest.raises(UsageError, match="damaged: delete it"):
+        latencies(grid, path, 2)
+
+
+def test_which_points_nothing_beats() -> None:
+    assert _beats((1, 5), (2, 5)) and _beats((2, 6), (2, 5)) and not _beats((1, 4), (2, 5)) and not _beats((2, 5), (2, 5))

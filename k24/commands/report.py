@@ -30,6 +30,8 @@ class ReportOptions:
     """Compare what all methods have, and say what is left out, instead of refusing."""
     random: bool = False
     """Play each task at random too, and scale scores from there."""
+    latency: int | None = None
+    """Time an acting step of each method's deployed policy, in so many environments at once."""
     reps: int = 5000
     """Bootstrap samples."""
 
@@ -42,9 +44,11 @@ def report_command(arguments: list[str]) -> None:
         raise UsageError("no folder given: name one with runs below it, such as results")
     if options.reps < 1:
         raise UsageError(f"reps (={options.reps}) must be at least 1")
+    if options.latency is not None and options.latency < 1:
+        raise UsageError(f"latency (={options.latency}) must be at least 1: it is the number of environments that act at once")
     from k24.report import report
 
-    found = report(options.folders, options.out, options.metric, options.reference, options.partial, options.random, options.reps)
+    found = report(**vars(options))
     print((options.out / "report.md").read_text(encoding="utf-8"))
     print(f"written to {options.out}: report.md, report.json, marl_eval.json and pictures")
     seeds = {task: len(values["seeds"]) for task, values in found["tasks"].items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from k24.errors import UsageError, unknown_name
@@ -13,6 +14,7 @@ from k24.evaluate import summary as summary_of
 from k24.files import write_atomically
 from k24.inspection import inspect_run
 from k24.report import markdown, pictures
+from k24.report.latency import latencies
 from k24.report.runs import Grid, make_grid, read_runs
 from k24.report.statistics import REPS
 from k24.report.summary import METRICS, marl_eval, normalised, plain, summarise
@@ -28,11 +30,13 @@ def report(
     reference: str | None = None,
     partial: bool = False,
     random: bool = False,
+    latency: int | None = None,
     reps: int = REPS,
 ) -> dict[str, Any]:
     """Compares all finished runs below some folders.
 
-    ``out`` gets ``report.md``, ``report.json``, ``marl_eval.json`` and the pictures. The same runs give the same bytes.
+    ``out`` gets ``report.md``, ``report.json``, ``marl_eval.json`` and the pictures. The same runs give the same bytes; what was played or
+    timed is kept beside them.
 
     Args:
         folders: Where run folders are.
@@ -41,6 +45,7 @@ def report(
         reference: Method that the others are compared with; the first that is k24 when None, else none.
         partial: Compare what all methods have, instead of refusing unequal grids.
         random: Play each task at random too, once; what it gets is kept in ``random.json``.
+        latency: Time an acting step of each method's deployed policy in so many environments at once; not timed when None.
         reps: Bootstrap samples.
 
     Returns:
@@ -66,7 +71,11 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
         played = _random_play(grid, out, random, metric)
         costs, unknown = _costs(grid)
-        summary = summarise(grid, metric, reference, played, costs, reps) | {"costs_unknown": unknown}
+        if latency is not None:
+            times, more = latencies(grid, out / "latency.json", latency)
+            costs = {cell: {**costs.get(cell, {}), **({"latency_us": times[cell]} if cell in times else {})} for cell in grid.runs}
+            unknown += more
+        summary = summarise(grid, metric, reference, played, costs, reps) | {"costs_unknown": unknown, "latency_envs": latency}
         drawn = pictures.draw(grid, summary, normalised(grid, metric, played), out)
         counts = sorted({int(run.evaluation["episodes"]) for runs in grid.runs.values() for run in runs})
         text = markdown.write(summary, drawn, " or ".join(map(str, counts)))
@@ -78,16 +87,18 @@ def report(
     return plain(summary)
 
 
-def _costs(grid: Grid) -> tuple[dict[tuple[str, str], dict[str, int]], list[str]]:
-    """Multiply-adds, parameters and bytes of each method's first run on each task; and why some can't be had."""
-    found, unknown = {}, []
+def _costs(grid: Grid) -> tuple[dict[tuple[str, str], dict[str, float]], list[str]]:
+    """Multiply-adds, parameters and bytes of each method on each task, mean over its runs; and why some can't be had."""
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    unknown: list[str] = []
     for cell, runs in grid.runs.items():
         try:
-            inspected = inspect_run(load_run(runs[0].folder))
+            inspected = [inspect_run(load_run(run.folder)) for run in runs]
         except UsageError as error:
             unknown.append(str(error))  # returns can be compared without
             continue
-        found[cell] = {name: int(inspected[name]) for name in ("macs_per_act", "params", "bytes")}
+        # What thresholds mask, and into how many clusters agents fall, differs from run to run.
+        found[cell] = {name: round(fmean(float(i[name]) for i in inspected)) for name in ("macs_per_act", "params", "bytes")}
     return found, unknown
 
 

@@ -12,12 +12,14 @@ DEFINED = {
     "win_rate": "**Win rate**: share of {episodes} episodes of a run's final evaluation that ended in victory, with the deployed masks.",
 }
 
+COSTS = {"macs_per_act": "multiply-adds", "params": "parameters", "bytes": "bytes", "latency_us": "µs to act"}
+
 
 def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> str:
     """The report in Markdown.
 
     Args:
-        summary: Of :func:`k24.report.summary.summarise`.
+        summary: Of :func:`k24.report.summary.summarise`, and ``latency_envs`` and ``costs_unknown``.
         pictures: File by title, in the order in which they are shown.
         episodes: Of the final evaluations, as text.
     """
@@ -32,6 +34,9 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         lines += ["**Left out:** " + "; ".join(summary["left_out"]) + ".", ""]
     if summary["costs_unknown"]:
         lines += ["**Costs unknown:** " + "; ".join(summary["costs_unknown"]) + ".", ""]
+    if summary["latency_envs"] is not None:
+        timed = f"one call of the exported policy for {summary['latency_envs']} environments at once, one thread"
+        lines += [f"**µs to act**: {timed}, all methods of a task in turns in one process (machine: latency.json).", ""]
     few = min(len(task["seeds"]) for task in summary["tasks"].values())
     if few < 5:
         lines += [f"**Few seeds:** some task has {few}; bootstraps of so few runs are too narrow. Read differences as leads.", ""]
@@ -40,15 +45,14 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         lines += [f"## {name}", "", f"{len(task['seeds'])} seeds ({', '.join(map(str, task['seeds']))})."]
         if task["random"] is not None:
             lines[-1] += f" Random play: {task['random']:.{digits}f}."
-        costed = any("macs_per_act" in found for found in task["methods"].values())
-        head = ["method", "mean", "95% interval", "IQM", "each seed", *(["multiply-adds", "parameters", "bytes"] if costed else [])]
+        costs = {key: title for key, title in COSTS.items() if any(key in found for found in task["methods"].values())}
+        head = ["method", "mean", "95% interval", "IQM", "each seed", *costs.values()]
         lines += ["", _row(head), _row(["---"] * len(head))]
         for method, found in sorted(task["methods"].items(), key=lambda item: -item[1]["mean"].value):
             mean, iqm = found["mean"], found["iqm"]
             cells = [method, f"{mean.value:.{digits}f}", _interval(mean, digits), f"{iqm.value:.{digits}f}"]
             cells.append(", ".join(f"{value:.{digits}f}" for value in found["each"]))
-            if costed:
-                cells += [f"{found[key]:,}" if key in found else "" for key in ("macs_per_act", "params", "bytes")]
+            cells += [f"{found[key]:,}" if key in found else "" for key in costs]
             lines.append(_row(cells))
         lines.append("")
 

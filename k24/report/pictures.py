@@ -20,13 +20,19 @@ COLOURS = (
 )
 LABELS = {"return": "return (sum over agents and steps)", "win_rate": "episodes won"}
 
+# What is paid for a return: key of a method's numbers, label of the axis, name.
+PRICES = (
+    ("macs_per_act", "multiply-adds of a joint action", "multiply-adds"),
+    ("latency_us", "microseconds to act, {envs} environments at once, one thread", "latency"),
+)
+
 
 def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Path) -> dict[str, str]:
     """Draws what there is to draw.
 
     Args:
         grid: The runs.
-        summary: Their numbers.
+        summary: Their numbers, of :func:`k24.report.summary.summarise`, and ``latency_envs``.
         scores: Normalised, by method.
         out: Folder for the pictures.
 
@@ -90,19 +96,23 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
 
     for task in grid.tasks:
         methods = summary["tasks"][task]["methods"]
-        if not all("macs_per_act" in methods[m] for m in order):
-            continue
-        figure, axis = plt.subplots(figsize=(6.8, 4.2), constrained_layout=True)
-        for method in order:
-            mean = methods[method]["mean"]
-            error = None if mean.low is None else [[max(mean.value - mean.low, 0)], [max(mean.high - mean.value, 0)]]
-            axis.errorbar(methods[method]["macs_per_act"], mean.value, error, fmt="o", color=colour[method], capsize=3, label=method)
-        axis.set(xlabel="multiply-adds of a joint action", ylabel=LABELS[summary["metric"]])
-        axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds")
-        axis.ticklabel_format(axis="x", style="plain")
-        axis.margins(x=0.15)
-        _finish(axis, len(order))
-        save(figure, f"{task}: {LABELS[summary['metric']]} against multiply-adds", f"{task}-macs")
+        for key, label, name in PRICES:
+            if not all(key in methods[m] for m in order):
+                continue
+            figure, axis = plt.subplots(figsize=(6.8, 4.2), constrained_layout=True)
+            points = {m: (methods[m][key], methods[m]["mean"].value) for m in order}
+            front = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
+            axis.step(*zip(*front, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=0)
+            for method, (cost, value) in points.items():
+                mean = methods[method]["mean"]
+                error = None if mean.low is None else [[max(value - mean.low, 0)], [max(mean.high - value, 0)]]
+                axis.errorbar(cost, value, error, fmt="o", color=colour[method], capsize=3, label=method)
+            axis.set(xlabel=label.format(envs=summary["latency_envs"]), ylabel=LABELS[summary["metric"]])
+            axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds; grey: nothing is both cheaper and better", fontsize=10)
+            axis.ticklabel_format(axis="x", style="plain")
+            axis.margins(x=0.15)
+            _finish(axis, len(order))
+            save(figure, f"{task}: {LABELS[summary['metric']]} against {name}", f"{task}-{name}")
     return files
 
 
@@ -116,6 +126,11 @@ def _band(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, ...]:
         return steps, middle, middle, middle
     low, high = statistics.bootstrap(lambda s: np.stack([t.mean(-1) for t in s], -1), list(rows.T), reps=1000)
     return steps, middle, low, high
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether a point of (cost, return) is no dearer and no worse than another one, and not the same."""
+    return one != other and one[0] <= other[0] and one[1] >= other[1]
 
 
 def _finish(axis: Any, lines: int) -> None:

@@ -44,7 +44,7 @@ def summarise(grid: Grid, metric: str, reference: str | None, random: dict[str, 
         metric: ``return`` or ``win_rate``.
         reference: Method that the others are compared with; None for no such comparison.
         random: What random play gets, by task.
-        costs: By method and task, what :func:`k24.inspection.inspect_run` says.
+        costs: By method and task: ``macs_per_act``, ``params``, ``bytes`` and ``latency_us``, as far as they are known.
         reps: Bootstrap samples.
     """
     tasks: dict[str, Any] = {}
