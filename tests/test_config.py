@@ -148,7 +148,7 @@ def test_the_help_of_a_name_lists_what_there_is():
         ({"masks": {"pattern": "8:16"}}, "pattern 8:16 has 12870 states, at most 256 are supported"),
         ({"masks": {"reset_ratio": 1.5}}, "reset_ratio (=1.5) in [0, 1]"),
         ({"masks": {"freeze_at": 0.0}}, "freeze_at 0.0 must be positive"),
-        ({"masks": {"temperature_min": 9.0}}, "temperature_min (=9.0) <= temperature_init (=5.0)"),
+        ({"masks": {"temperature_min": 9.0}}, "temperature_min (=9.0) <= temperature_init (=1.0)"),
         ({"masks": {"anneal_end": 0.0}}, "anneal_start (=0.0) < anneal_end (=0.0) <= 1"),
         ({"masks": {"hetero_init_scale": float("nan")}}, "hetero_init_scale (=nan) must be a finite number"),
         ({"masks": {"alpha_lr_scale": float("inf")}}, "alpha_lr_scale (=inf) must be a finite number"),

@@ -320,7 +320,7 @@ def test_impossible_sizes(arguments: tuple, message: str) -> None:
         ({"kappa": 0.0}, "kappa 0.0 must be positive"),
         ({"hetero_init_scale": -1.0}, "hetero_init_scale -1.0 must not be negative"),
         ({"temperature_min": 0.0}, r"temperature_min \(=0.0\)"),
-        ({"anneal_start": 0.9}, r"anneal_start \(=0.9\) < anneal_end \(=0.8\)"),
+        ({"anneal_start": 0.9}, r"anneal_start \(=0.9\) < anneal_end \(=0.6\)"),
     ],
 )
 def test_impossible_settings(settings: dict, message: str) -> None:

@@ -182,7 +182,7 @@ def test_without_ray_one_line_says_what_to_install(capfd, tmp_path, monkeypatch)
 
 
 def test_every_run_of_every_suite_is_a_valid_one(tmp_path):
-    assert set(METHODS) == set(SCHEMES)
+    assert {method.partition(":")[0] for method in METHODS} <= set(SCHEMES)
     for suite in SUITES.values():
         rows = [Row(task.task, task.algo, task.seeds, tuple(shlex.split(task.settings))) for task in suite]
         cells = planned(tmp_path, *METHODS, rows=rows)
@@ -204,7 +204,7 @@ def test_a_suite_can_be_cut_down(capfd, tmp_path, monkeypatch):
     assert {(r.config.steps, r.config.learner.lr) for r in requests} == {(99, 2e-3)}
     assert requests[-1].folder == Path("results/toy/specialisation,n_agents=8/qmix-nops/seed0")
     assert main([*base, "--tasks", "toy/specialisation,n_agents=4"]) == 0
-    assert last_json(capfd.readouterr().out)["runs"] == len(SCHEMES)
+    assert last_json(capfd.readouterr().out)["runs"] == len(METHODS)
     assert contents(tmp_path) == {}
 
 

@@ -47,8 +47,8 @@ class MaskConfig:
 
     pattern: str = "2:4"
     """Weights kept of every so many consecutive ones, N:M."""
-    gate: Gate = "sigmoid"
-    """What alpha goes through before it scales a weight's score: sigmoid, which ends at 1, or exp."""
+    gate: Gate = "exp"
+    """What alpha goes through before it scales a weight's score: exp, or sigmoid, which ends at 1 and can hardly bring a weight forward."""
     forward: MaskForward = "expected"
     """What a training step multiplies with: the expected mask, one drawn by inverse CDF, or one drawn with Gumbel noise."""
     logits: Logits = "log"
@@ -71,13 +71,13 @@ class MaskConfig:
     """Start the running mean from the first batch instead of from one."""
     ema_every: int = 1
     """Update the running mean every so many training forward passes."""
-    temperature_init: float = 5.0
+    temperature_init: float = 1.0
     """Temperature at the start."""
-    temperature_min: float = 0.1
+    temperature_min: float = 0.03
     """Temperature at the end."""
     anneal_start: float = 0.0
     """Share of training after which the temperature begins to fall."""
-    anneal_end: float = 0.8
+    anneal_end: float = 0.6
     """Share of training after which it stays."""
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The temperature over training: a pure function of progress.
 
-Two phases. In the first it falls from ``init`` to 1 and patterns are explored; in the second from 1 to ``minimum`` and they commit.
+A line from ``init`` to ``minimum``. Where it starts above 1 there are two: down to 1, while patterns are explored, and from 1 to ``minimum``,
+while they commit.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ class TemperatureSchedule:
         end: Share of training where it has fallen.
     """
 
-    init: float = 5.0
-    minimum: float = 0.1
+    init: float = 1.0
+    minimum: float = 0.03
     start: float = 0.0
-    end: float = 0.8
+    end: float = 0.6
 
     def __post_init__(self) -> None:
         """Checks the order of the ends."""
