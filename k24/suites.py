@@ -43,7 +43,7 @@ SUITES: dict[str, tuple[SuiteTask, ...]] = {
         SuiteTask("toy/specialisation,n_agents=2", "qmix", _SPECIALISATION, 5, "two agents see the same and must act differently"),
         SuiteTask("toy/specialisation,n_agents=4", "qmix", _SPECIALISATION, 5, "the same for four"),
         SuiteTask("toy/specialisation,n_agents=8", "qmix", _SPECIALISATION, 5, "the same for eight"),
-        SuiteTask("vmas/blind_spread", "mappo", f"{_MAPPO} --steps 400000", 3, "eight agents of four colours that nobody sees"),
+        SuiteTask("vmas/blind_spread,n_agents=8", "mappo", f"{_MAPPO} --steps 400000", 3, "eight agents of four colours that nobody sees"),
         SuiteTask("vmas/blind_spread,n_agents=16", "mappo", f"{_MAPPO} --steps 400000", 3, "sixteen agents of the same four colours"),
         SuiteTask(
             "mpe/simple_speaker_listener",

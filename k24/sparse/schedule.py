@@ -1,7 +1,7 @@
 """The temperature over training: a pure function of progress.
 
-A line from ``init`` to ``minimum``. Where it starts above 1 there are two: down to 1, while patterns are explored, and from 1 to ``minimum``,
-while they commit.
+A line from ``init`` to ``minimum``. Where it starts above 1 there are two: down to 1, while patterns are explored, and from 1 to
+``minimum``, while they commit.
 """
 
 from __future__ import annotations
