@@ -7,11 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-# Compared where no method is named: k24 and its control with fixed random masks, each at the width of the others, with half their
-# multiply-adds, and at their multiply-adds (nearly all of a recurrent net's sit in H x H matrices, so 64·√2 ≈ 92); the baselines that
-# matter most; and separate networks, which show whether a task can be solved at all.
-METHODS = ("k24", "k24:hidden=92", "k24_random", "k24_random:hidden=92", "kaleidoscope", "fups_id", "fups_bias", "nops")
-
 
 class SuiteTask(NamedTuple):
     """A task of a suite.
@@ -31,54 +26,109 @@ class SuiteTask(NamedTuple):
     note: str
 
 
+class Suite(NamedTuple):
+    """What is compared on which tasks.
+
+    Attributes:
+        methods: As for ``k24 sweep --sharing``; compared where none is named.
+        tasks: Where.
+    """
+
+    methods: tuple[str, ...]
+    tasks: tuple[SuiteTask, ...]
+
+
 _SPECIALISATION = (
     "--steps 10000 --envs 16 --lr 2e-3 --batch-size 32 --buffer-size 256 --env-steps-per-update 4 --target-update 20 "
     "--epsilon-anneal 4000 --log-every 500 --eval-every 500 --eval-episodes 32 --checkpoint-every 10000"
 )
 _MAPPO = "--envs 32 --lr 7e-4 --critic-lr 7e-4"
 
-SUITES: dict[str, tuple[SuiteTask, ...]] = {
+
+def _blind_spread(agents: int) -> SuiteTask:
+    note = f"{agents} agents of {min(agents, 4)} colours that nobody sees"
+    return SuiteTask(f"vmas/blind_spread,n_agents={agents}", "mappo", f"{_MAPPO} --steps 200000", 5, note)
+
+
+_SPECIALISATIONS = tuple(
+    SuiteTask(f"toy/specialisation,n_agents={n}", "qmix", _SPECIALISATION, 5, f"{n} agents see the same and must act differently")
+    for n in (2, 4, 8)
+)
+
+# k24 and its control with fixed random masks, each at the width of the others, with half their multiply-adds, and at their multiply-adds
+# (nearly all of a recurrent net's sit in H x H matrices, so 64·√2 ≈ 92); the baselines that matter most; and separate networks, which show
+# whether a task can be solved at all.
+_COMPARED = ("k24", "k24:hidden=92", "k24_random", "k24_random:hidden=92", "kaleidoscope", "fups_id", "fups_bias", "nops")
+
+# k24 with one thing changed.
+_ABLATED = (
+    "k24",
+    "k24:gate=sigmoid",
+    "k24:gate=sigmoid,temperature_init=5,temperature_min=0.1,anneal_end=0.8",
+    "k24:logits=sum,normalise=layer",
+    "k24:forward=sample",
+    "k24:forward=gumbel",
+    "k24:forward=gumbel,temperature_on=all",
+    "k24:alpha_lr_scale=1",
+    "k24:alpha_lr_scale=20",
+    "k24:ema_every=0",
+    "k24:div_coef=0",
+    "k24:reset_interval=0",
+    "k24:reset_interval=500",
+    "k24:freeze_at=2",
+    "k24:mask_rnn=false",
+    "k24_shared",
+    "k24_magnitude",
+    "k24_random",
+)
+
+SUITES: dict[str, Suite] = {
     # Teams whose agents must differ, from games of one step to battles.
-    "hetero": (
-        SuiteTask("toy/specialisation,n_agents=2", "qmix", _SPECIALISATION, 5, "two agents see the same and must act differently"),
-        SuiteTask("toy/specialisation,n_agents=4", "qmix", _SPECIALISATION, 5, "the same for four"),
-        SuiteTask("toy/specialisation,n_agents=8", "qmix", _SPECIALISATION, 5, "the same for eight"),
-        SuiteTask("vmas/blind_spread,n_agents=8", "mappo", f"{_MAPPO} --steps 400000", 3, "eight agents of four colours that nobody sees"),
-        SuiteTask("vmas/blind_spread,n_agents=16", "mappo", f"{_MAPPO} --steps 400000", 3, "sixteen agents of the same four colours"),
-        SuiteTask(
-            "mpe/simple_speaker_listener",
-            "qmix",
-            "--steps 500000 --env-steps-per-update 100",
-            3,
-            "one agent sees the goal and speaks, the other one moves",
-        ),
-        SuiteTask(
-            "mpe/simple_spread",
-            "mappo",
-            "--preset mappo_mpe --steps 1000000 --lr-decay-start 0.8",
-            3,
-            "three agents cover three landmarks; roles follow from places",
-        ),
-        SuiteTask(
-            "vmas/navigation,continuous_actions=true",
-            "mappo",
-            f"{_MAPPO} --steps 1000000",
-            3,
-            "each agent sees its own goal, so nobody needs to be told apart",
-        ),
-        SuiteTask(
-            "smax/smacv2_5_units",
-            "qmix",
-            "--preset smacv2 --steps 1000000 --envs 32",
-            3,
-            "five units of six types, a mask for each type",
-        ),
-        SuiteTask(
-            "vmas/dispersion",
-            "mappo",
-            "--envs 64 --lr 7e-4 --critic-lr 7e-4 --individual-rewards --steps 1500000",
-            3,
-            "four agents must go to four pieces of food, one each",
+    "hetero": Suite(
+        _COMPARED,
+        (
+            *_SPECIALISATIONS,
+            _blind_spread(8),
+            _blind_spread(16),
+            SuiteTask(
+                "mpe/simple_speaker_listener",
+                "qmix",
+                "--steps 500000 --env-steps-per-update 100",
+                3,
+                "one agent sees the goal and speaks, the other one moves",
+            ),
+            SuiteTask(
+                "mpe/simple_spread",
+                "mappo",
+                "--preset mappo_mpe --steps 1000000 --lr-decay-start 0.8",
+                3,
+                "three agents cover three landmarks; roles follow from places",
+            ),
+            SuiteTask(
+                "vmas/navigation,continuous_actions=true",
+                "mappo",
+                f"{_MAPPO} --steps 1000000",
+                3,
+                "each agent sees its own goal, so nobody needs to be told apart",
+            ),
+            SuiteTask(
+                "smax/smacv2_5_units",
+                "qmix",
+                "--preset smacv2 --steps 1000000 --envs 32",
+                3,
+                "five units of six types, a mask for each type",
+            ),
+            SuiteTask(
+                "vmas/dispersion",
+                "mappo",
+                "--envs 64 --lr 7e-4 --critic-lr 7e-4 --individual-rewards --steps 1500000",
+                3,
+                "four agents must go to four pieces of food, one each",
+            ),
         ),
     ),
+    # Which part of k24 gives what.
+    "ablation": Suite(_ABLATED, (_SPECIALISATIONS[-1], _blind_spread(4))),
+    # Does more agents mean more to gain?
+    "agents": Suite(_COMPARED, tuple(_blind_spread(n) for n in (2, 4, 8, 16))),
 }

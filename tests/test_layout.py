@@ -53,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
         *("artifact", "onnx", "export", "evaluate", "train"),
     },
     "report": {"files", "policy", "config", "evaluate", "export", "inspection", "bench"},
-    "suites": {"sharing"},
+    "suites": set(),
     "sweep": {"envs", "config", "checkpoint", "evaluate", "train"},
     "commands": {
         *("sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),

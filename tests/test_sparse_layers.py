@@ -233,6 +233,13 @@ def test_only_every_kth_pass_is_seen() -> None:
     assert seen == [1.0, 1.5, 1.5, 2.75]
 
 
+@pytest.mark.parametrize("corrected", [False, True])
+def test_no_pass_is_seen_where_the_running_magnitude_is_left_out(corrected: bool) -> None:
+    layer = MaskedLinear(4, 4, 2, config=MaskConfig(ema_every=0, ema_bias_correction=corrected))
+    layer.observe(torch.full((2, 3, 4), 8.0))
+    assert layer.running_magnitude().eq(1).all() and int(layer.seen) == 0
+
+
 def test_only_training_passes_with_gradient_are_seen() -> None:
     layer, x = some_layer(), torch.randn(3, 4, 8) * 9
     for rows, slots in ((x, None), (x[0], torch.tensor([0, 1, 2, 0]))):
@@ -316,7 +323,7 @@ def test_impossible_sizes(arguments: tuple, message: str) -> None:
     ("settings", "message"),
     [
         ({"ema_momentum": 1.0}, "ema_momentum 1.0 must lie in"),
-        ({"ema_every": 0}, "ema_every 0 must be at least 1"),
+        ({"ema_every": -1}, "ema_every -1 must not be negative"),
         ({"kappa": 0.0}, "kappa 0.0 must be positive"),
         ({"hetero_init_scale": -1.0}, "hetero_init_scale -1.0 must not be negative"),
         ({"temperature_min": 0.0}, r"temperature_min \(=0.0\)"),

@@ -26,8 +26,7 @@ from k24.cli import main
 from k24.commands.sweep import _show, _table
 from k24.commands.train import read_request
 from k24.errors import UsageError
-from k24.sharing import SCHEMES
-from k24.suites import METHODS, SUITES
+from k24.suites import SUITES
 from k24.sweep import Cell, Method, Row, Status, plan
 from k24.sweep.run import session
 from k24.sweep.worker import Board, Meter, last_line
@@ -182,12 +181,11 @@ def test_without_ray_one_line_says_what_to_install(capfd, tmp_path, monkeypatch)
 
 
 def test_every_run_of_every_suite_is_a_valid_one(tmp_path):
-    assert {method.partition(":")[0] for method in METHODS} <= set(SCHEMES)
-    for suite in SUITES.values():
-        rows = [Row(task.task, task.algo, task.seeds, tuple(shlex.split(task.settings))) for task in suite]
-        cells = planned(tmp_path, *METHODS, rows=rows)
-        assert len(cells) == sum(task.seeds for task in suite) * len(METHODS)
-        assert all(task.seeds >= 3 and task.note for task in suite)
+    for methods, tasks in SUITES.values():
+        rows = [Row(task.task, task.algo, task.seeds, tuple(shlex.split(task.settings))) for task in tasks]
+        cells = planned(tmp_path, *methods, rows=rows)
+        assert len(cells) == sum(task.seeds for task in tasks) * len(methods)
+        assert all(task.seeds >= 3 and task.note for task in tasks)
 
 
 def test_a_suite_can_be_cut_down(capfd, tmp_path, monkeypatch):
@@ -204,7 +202,7 @@ def test_a_suite_can_be_cut_down(capfd, tmp_path, monkeypatch):
     assert {(r.config.steps, r.config.learner.lr) for r in requests} == {(99, 2e-3)}
     assert requests[-1].folder == Path("results/toy/specialisation,n_agents=8/qmix-nops/seed0")
     assert main([*base, "--tasks", "toy/specialisation,n_agents=4"]) == 0
-    assert last_json(capfd.readouterr().out)["runs"] == len(METHODS)
+    assert last_json(capfd.readouterr().out)["runs"] == len(SUITES["hetero"].methods)
     assert contents(tmp_path) == {}
 
 

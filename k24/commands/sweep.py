@@ -71,11 +71,11 @@ def sweep_command(arguments: list[str]) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     text = "Train every method on every task with several seeds. Options after -- are those of 'k24 train', for every run."
     options = parse(SweepOptions, arguments[:split], "sweep", description=text)
-    from k24.suites import METHODS
+    from k24.suites import SUITES
     from k24.sweep import plan, require_environments, require_ray, sweep
 
     rows = _rows(options)
-    methods = options.sharing or (METHODS if options.suite else ("k24",))
+    methods = options.sharing or (SUITES[options.suite].methods if options.suite else ("k24",))
     cells = plan(rows, methods, options.out, arguments[split + 1 :], lambda given: read_request(given).config)
     require_environments(cell for cell in cells if cell.state != "finished")
     if options.dry_run:
@@ -112,7 +112,7 @@ def _rows(options: SweepOptions) -> list[Row]:
         raise unknown_name("suite", options.suite, SUITES)
     if options.algo:
         raise UsageError(f"--algo and --suite exclude each other: suite {options.suite} says by which learner each of its tasks is learned")
-    suite = SUITES[options.suite]
+    suite = SUITES[options.suite].tasks
     for task in options.tasks:
         if not any(task in _names(row.task) for row in suite):
             raise unknown_name(f"task of suite {options.suite}", task, [row.task for row in suite])

@@ -58,7 +58,7 @@ class Scenario(BaseScenario):
             **kwargs: ``n_agents`` (8), ``n_colours`` (4) and ``colour_seed`` (0).
         """
         n_agents = kwargs.pop("n_agents", 8)
-        n_colours = kwargs.pop("n_colours", 4)
+        n_colours = kwargs.pop("n_colours", min(4, n_agents))
         colour_seed = kwargs.pop("colour_seed", 0)
         ScenarioUtils.check_kwargs_consumed(kwargs)
         if not 1 <= n_colours <= n_agents:

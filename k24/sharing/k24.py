@@ -26,8 +26,6 @@ from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
 Variant = Literal["learned", "random", "shared", "magnitude"]
-# As often as never: the running magnitude of inputs stays at one.
-_NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ class K24(Sharing):
         super().__init__(n_slots)
         self.config, self.variant = config or K24Config(), variant
         if variant == "magnitude":
-            # The score |W| · EMA(|x|) · sigmoid(alpha) with an EMA of one and alphas that are zero for good.
-            self.config = replace(self.config, hetero_init_scale=0.0, ema_every=_NEVER)
+            # The score |W| · EMA(|x|) · g(alpha) with an EMA of one and alphas that are zero for good.
+            self.config = replace(self.config, hetero_init_scale=0.0, ema_every=0)
         # 1/P is where independent masks sit; see AdaptiveCoefficient.
         floor = 1 / PatternSet.parse(self.config.pattern).n_patterns if self.config.diversity == "orthogonality" else 1e-3
         self._coefficient = AdaptiveCoefficient(self.config.div_coef, self.config.deque_len, floor)

@@ -70,7 +70,7 @@ class MaskConfig:
     ema_bias_correction: bool = False
     """Start the running mean from the first batch instead of from one."""
     ema_every: int = 1
-    """Update the running mean every so many training forward passes."""
+    """Update the running mean every so many training forward passes; 0 for never, which leaves it out of the score."""
     temperature_init: float = 1.0
     """Temperature at the start."""
     temperature_min: float = 0.03
@@ -85,8 +85,8 @@ class MaskConfig:
         PatternSet.parse(self.pattern)
         if not 0 <= self.ema_momentum < 1:
             raise UsageError(f"ema_momentum {self.ema_momentum} must lie in [0, 1): 0.99 is usual")
-        if self.ema_every < 1:
-            raise UsageError(f"ema_every {self.ema_every} must be at least 1")
+        if self.ema_every < 0:
+            raise UsageError(f"ema_every {self.ema_every} must not be negative: 0 is never, 1 at every pass")
         if not self.kappa > 0:
             raise UsageError(f"kappa {self.kappa} must be positive")
         if not self.init_gain > 0:
@@ -190,7 +190,11 @@ class MaskedLinear(nn.Module):
 
     def running_magnitude(self) -> Tensor:
         """EMA of the inputs' magnitude ``[A, I]``, corrected for its start if so configured."""
-        return self._corrected(int(self.seen) // self.config.ema_every)
+        return self._corrected(self._updates())
+
+    def _updates(self) -> int:
+        """How often the running magnitude has been updated."""
+        return int(self.seen) // self.config.ema_every if self.config.ema_every else 0
 
     def _corrected(self, updates: int) -> Tensor:
         """The running magnitude, taken as it stands after so many updates."""
@@ -326,7 +330,7 @@ class MaskedLinear(nn.Module):
 
     def _is_update_due(self) -> bool:
         """Counts a training pass; every ``ema_every``-th one updates the running magnitude, until the freeze."""
-        if self.frozen:
+        if self.frozen or not self.config.ema_every:
             return False
         self.seen += 1
         return int(self.seen) % self.config.ema_every == 0
@@ -341,7 +345,7 @@ class MaskedLinear(nn.Module):
             now = now.sqrt()
         if count is not None:
             # A slot without rows keeps the value it had before this update.
-            now = torch.where(count > 0, now, self._corrected(int(self.seen) // self.config.ema_every - 1))
+            now = torch.where(count > 0, now, self._corrected(self._updates() - 1))
         self.last_magnitude.copy_(now)
         self.ema.lerp_(now, 1 - self.config.ema_momentum)
 
