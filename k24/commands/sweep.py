@@ -37,7 +37,7 @@ class SweepOptions:
     tasks: tuple[str, ...] = ()
     """Tasks, each as TASK or TASK,name=value,… with arguments of the task; of a suite, those to take."""
     sharing: tuple[str, ...] = ()
-    """Methods, each as SCHEME or SCHEME:option=value,… with options of k24 train; k24, or every scheme in a suite."""
+    """Methods, each as SCHEME or SCHEME:option=value,… with options of k24 train; k24, or those of the suite."""
     algo: tuple[str, ...] = ()
     """Learners; qmix, or what the suite says."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
