@@ -18,7 +18,8 @@ from k24.report import report
 from k24.report.latency import latencies
 from k24.report.pictures import _beats
 from k24.report.runs import make_grid, read_runs
-from k24.report.summary import marl_eval
+from k24.report.statistics import Estimate
+from k24.report.summary import _is_level, _verdict, marl_eval
 from k24.train import train
 
 
@@ -200,7 +201,7 @@ def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
     assert mine["each"] == evaluations and mine["mean"]["value"] == pytest.approx(sum(evaluations) / 2)
     assert mine["macs_per_act"] < 0.6 * theirs["macs_per_act"], "half, but for groups that padding fills"
     assert mine["params"] > theirs["params"]
-    assert found["reference"] == "k24" and set(found["against"][BASE.task]) == {"fups_id"}
+    assert found["reference"] == "k24" and set(found["against"][BASE.task]) == set(found["level"][BASE.task]) == {"fups_id"}
     assert "Few seeds" in text and "summed over agents" in text and f"Random play: {found['tasks'][BASE.task]['random']:.1f}" in text
     timed = json.loads((out / "latency.json").read_text())[BASE.task]
     assert mine["latency_us"] == timed["us"]["k24"] > 0 and timed["envs"] == 2 and timed["machine"]["torch"]
@@ -229,6 +230,18 @@ def test_what_was_timed_is_kept_until_a_method_is_missing(trained: Path, tmp_pat
     path.write_text("[]")
     with pytest.raises(UsageError, match="damaged: delete it"):
         latencies(grid, path, 2)
+
+
+def test_what_is_better_and_what_is_at_least_level() -> None:
+    def found(low: float, value: float, high: float) -> dict:
+        return {"mean": Estimate(value, low, high), "iqm": Estimate(value, low, high)}
+
+    methods = {"mine": found(9.0, 10.0, 11.0), "same": found(8.5, 9.5, 10.5), "far": found(11.5, 12.0, 12.5), "low": found(1.0, 2.0, 3.0)}
+    assert [_verdict(methods, "mine", other) for other in ("same", "far", "low")] == ["undecided", "worse", "better"]
+    assert [_is_level(methods, "mine", other, 0.6) for other in ("same", "far", "low")] == [True, False, True]
+    assert not _is_level(methods, "mine", "same", 0.4), "9.0 is more than 0.4 below 9.5"
+    single = found(9.0, 10.0, 11.0) | {"iqm": Estimate(10.0, None, None)}
+    assert not _is_level({"mine": single, "low": methods["low"]}, "mine", "low", 9.0), "of one seed nothing is known"
 
 
 def test_which_points_nothing_beats() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from k24.report.statistics import Estimate
+from k24.report.summary import MARGIN
 
 DEFINED = {
     "return": "**Return**: rewards as the environment gives them, undiscounted, summed over agents and over the steps of an episode; "
@@ -46,11 +47,11 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         if task["random"] is not None:
             lines[-1] += f" Random play: {task['random']:.{digits}f}."
         costs = {key: title for key, title in COSTS.items() if any(key in found for found in task["methods"].values())}
-        head = ["method", "mean", "95% interval", "IQM", "each seed", *costs.values()]
+        head = ["method", "mean", "95% interval", "IQM", "95% interval", "each seed", *costs.values()]
         lines += ["", _row(head), _row(["---"] * len(head))]
         for method, found in sorted(task["methods"].items(), key=lambda item: -item[1]["mean"].value):
             mean, iqm = found["mean"], found["iqm"]
-            cells = [method, f"{mean.value:.{digits}f}", _interval(mean, digits), f"{iqm.value:.{digits}f}"]
+            cells = [method, f"{mean.value:.{digits}f}", _interval(mean, digits), f"{iqm.value:.{digits}f}", _interval(iqm, digits)]
             cells.append(", ".join(f"{value:.{digits}f}" for value in found["each"]))
             cells += [f"{found[key]:,}" if key in found else "" for key in costs]
             lines.append(_row(cells))
@@ -71,13 +72,15 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         lines += [f"## {reference} against the others", ""]
         said = f"Probability that a run of {reference} is better than one of the other method, mean over tasks"
         lines += [
-            f"{said}; better and worse where intervals of means are apart.",
+            f"{said}; better and worse where intervals of means are apart; at least level where the interval of {reference}'s IQM ends no "
+            f"lower than the other's IQM less {MARGIN:.0%} of the task's range.",
             "",
-            _row(["other", "probability", "better on", "undecided on", "worse on"]),
-            _row(["---"] * 5),
+            _row(["other", "probability", "better on", "undecided on", "worse on", "at least level on"]),
+            _row(["---"] * 6),
         ]
         for other, chance in summary["improvement"].items():
             where = {v: [t for t in summary["tasks"] if summary["against"][t][other] == v] for v in ("better", "undecided", "worse")}
+            where["level"] = [t for t in summary["tasks"] if summary["level"][t][other]]
             cells = [other, f"{chance.value:.2f} ({_interval(chance, 2)})", *(", ".join(where[v]) or "–" for v in where)]
             lines.append(_row(cells))
         lines.append("")

@@ -65,11 +65,6 @@ def median(scores: Scores) -> NDArray[np.float64]:
     return np.median([s.mean(-1) for s in scores], axis=0)
 
 
-def optimality_gap(scores: Scores, target: float = 1.0) -> NDArray[np.float64]:
-    """How much runs stay below a target, where more than it counts for no more (section 4.3)."""
-    return target - mean([np.minimum(s, target) for s in scores])
-
-
 def profile(scores: Scores, levels: NDArray[np.float64]) -> NDArray[np.float64]:
     """Performance profile: the share of runs above each level, ``[..., levels]`` (section 4.2).
 

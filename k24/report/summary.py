@@ -10,6 +10,8 @@ from k24.report import statistics
 from k24.report.runs import Grid, RunRecord
 from k24.report.statistics import Estimate, Scores
 
+# By how much of a task's range a method may be worse and still count as level.
+MARGIN = 0.02
 METRICS = {"return": "return_mean", "win_rate": "win_rate"}
 
 
@@ -18,22 +20,27 @@ def scores_of(runs: list[RunRecord], metric: str) -> np.ndarray:
     return np.array([float(run.evaluation[METRICS[metric]]) for run in runs])
 
 
-def normalised(grid: Grid, metric: str, random: dict[str, float]) -> dict[str, Scores]:
-    """Scores of each method, one array per task, from 0 for the worst run of all (or random play, where known) to 1 for the best run.
+def ranges(grid: Grid, metric: str, random: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """What a score is measured in on each task: the worst run of all (or random play, where known) and the best run.
 
     Args:
         grid: The runs.
         metric: ``return`` or ``win_rate``.
         random: What random play gets, by task; tasks may be missing.
     """
-    result: dict[str, list[np.ndarray]] = {method: [] for method in grid.methods}
-    for task in grid.tasks:
-        every = {method: scores_of(grid.runs[method, task], metric) for method in grid.methods}
-        high = max(float(s.max()) for s in every.values())
-        low = random.get(task, min(float(s.min()) for s in every.values()))
-        for method, scores in every.items():
-            result[method].append((scores - low) / (high - low) if high > low else np.ones_like(scores))
-    return {method: list(scores) for method, scores in result.items()}
+    every = {task: np.concatenate([scores_of(grid.runs[method, task], metric) for method in grid.methods]) for task in grid.tasks}
+    return {task: (random.get(task, float(scores.min())), float(scores.max())) for task, scores in every.items()}
+
+
+def normalised(grid: Grid, metric: str, random: dict[str, float]) -> dict[str, Scores]:
+    """Scores of each method, one array per task, from 0 to 1 over :func:`ranges`; arguments as there."""
+    spans = ranges(grid, metric, random)
+
+    def scaled(method: str, task: str) -> np.ndarray:
+        scores, (low, high) = scores_of(grid.runs[method, task], metric), spans[task]
+        return (scores - low) / (high - low) if high > low else np.ones_like(scores)
+
+    return {method: [scaled(method, task) for task in grid.tasks] for method in grid.methods}
 
 
 def summarise(grid: Grid, metric: str, reference: str | None, random: dict[str, float], costs: dict, reps: int) -> dict[str, Any]:
@@ -80,6 +87,10 @@ def summarise(grid: Grid, metric: str, reference: str | None, random: dict[str, 
             for other in others
         }
         result["against"] = {task: {other: _verdict(tasks[task]["methods"], reference, other) for other in others} for task in grid.tasks}
+        margins = {task: MARGIN * (high - low) for task, (low, high) in ranges(grid, metric, random).items()}
+        result["level"] = {
+            task: {other: _is_level(tasks[task]["methods"], reference, other, margins[task]) for other in others} for task in grid.tasks
+        }
     return result
 
 
@@ -89,6 +100,12 @@ def _verdict(methods: dict[str, Any], reference: str, other: str) -> str:
     if None in (*mine, *theirs):
         return "undecided"
     return "better" if mine.low > theirs.high else "worse" if mine.high < theirs.low else "undecided"
+
+
+def _is_level(methods: dict[str, Any], reference: str, other: str, margin: float) -> bool:
+    """Whether the reference is at least level (not inferior): the interval of its IQM ends no lower than the margin below theirs."""
+    low = methods[reference]["iqm"].low
+    return low is not None and low >= methods[other]["iqm"].value - margin
 
 
 def marl_eval(grid: Grid) -> dict[str, Any]:
