@@ -56,9 +56,13 @@ _SPECIALISATIONS = tuple(
 )
 
 # k24 and its control with fixed random masks, each at the width of the others, with half their multiply-adds, and at their multiply-adds
-# (nearly all of a recurrent net's sit in H x H matrices, so 64·√2 ≈ 92); the baselines that matter most; and separate networks, which show
-# whether a task can be solved at all.
-_COMPARED = ("k24", "k24:hidden=92", "k24_random", "k24_random:hidden=92", "kaleidoscope", "fups_id", "fups_bias", "nops")
+# (nearly all of a recurrent net's sit in H x H matrices, so 64·√2 ≈ 92); the baselines that matter most, kaleidoscope also with thresholds
+# that learn as fast as makes it best in the regression, since k24's alphas do; and separate networks, which show whether a task can be
+# solved at all.
+_COMPARED = (
+    *("k24", "k24:hidden=92", "k24_random", "k24_random:hidden=92"),
+    *("kaleidoscope", "kaleidoscope:kaleidoscope.threshold_lr_scale=20", "fups_id", "fups_bias", "nops"),
+)
 
 # k24 with one thing changed.
 _ABLATED = (
