@@ -16,10 +16,11 @@ from k24.errors import UsageError
 from k24.learners import PPOConfig
 from k24.report import report
 from k24.report.latency import latencies
+from k24.report.markdown import _digits
 from k24.report.pictures import _beats
 from k24.report.runs import make_grid, read_runs
 from k24.report.statistics import Estimate
-from k24.report.summary import _is_level, _verdict, marl_eval
+from k24.report.summary import _is_level, _verdict, marl_eval, values_of
 from k24.train import train
 
 
@@ -230,6 +231,24 @@ def test_what_was_timed_is_kept_until_a_method_is_missing(trained: Path, tmp_pat
     path.write_text("[]")
     with pytest.raises(UsageError, match="damaged: delete it"):
         latencies(grid, path, 2)
+
+
+def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> None:
+    grid = make_grid(*read_runs([four]))
+    # Written as value/2 after 50 steps and value after 100.
+    assert values_of(grid, "return", "training")["k24", "toy/memory"].tolist() == pytest.approx([0.75 * 3, 0.75 * 4])
+    assert values_of(grid, "return", "final")["k24", "toy/memory"].tolist() == [3.0, 4.0]
+    assert main(["report", str(four), "--score", "training", "--out", str(tmp_path / "r"), "--reps", "50"]) == 0
+    assert "Scores are means over training" in capfd.readouterr().out
+    log = four / "toy/memory/qmix-k24/seed0/metrics.jsonl"
+    log.write_text(log.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UsageError, match="seed0 was evaluated less than twice in training: compare final scores"):
+        values_of(make_grid(*read_runs([four])), "return", "training")
+
+
+@pytest.mark.parametrize(("span", "digits"), [((0, 1), 2), ((0.8, 1), 3), ((-210, -140), 1), ((0, 3000), 0), ((1, 1), 2), ((0, 1e-9), 4)])
+def test_digits_follow_the_range(span: tuple[float, float], digits: int) -> None:
+    assert _digits(*span) == digits
 
 
 def test_what_is_better_and_what_is_at_least_level() -> None:

@@ -24,6 +24,8 @@ class ReportOptions:
     """Folder for the report."""
     metric: Literal["return", "win_rate"] = "return"
     """What to compare."""
+    score: Literal["final", "training"] = "final"
+    """Of the final evaluation, or the mean of the evaluations over training, which tells who learns sooner."""
     reference: str | None = None
     """Method that the others are compared with, as its folder is called; the first that is k24 when not given."""
     partial: bool = False

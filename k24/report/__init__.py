@@ -17,7 +17,7 @@ from k24.report import markdown, pictures
 from k24.report.latency import latencies
 from k24.report.runs import Grid, make_grid, read_runs
 from k24.report.statistics import REPS
-from k24.report.summary import METRICS, marl_eval, normalised, plain, summarise
+from k24.report.summary import METRICS, SCORES, marl_eval, normalised, plain, summarise, values_of
 
 # Episodes of random play.
 EPISODES = 256
@@ -27,6 +27,7 @@ def report(
     folders: Sequence[Path],
     out: Path,
     metric: str = "return",
+    score: str = "final",
     reference: str | None = None,
     partial: bool = False,
     random: bool = False,
@@ -42,6 +43,7 @@ def report(
         folders: Where run folders are.
         out: Folder for the report; made if missing.
         metric: ``return`` or ``win_rate``.
+        score: ``final``, of the final evaluation, or ``training``, the mean over training.
         reference: Method that the others are compared with; the first that is k24 when None, else none.
         partial: Compare what all methods have, instead of refusing unequal grids.
         random: Play each task at random too, once; what it gets is kept in ``random.json``.
@@ -60,9 +62,9 @@ def report(
     grid = make_grid(*read_runs(folders), partial)
     if metric not in METRICS:
         raise unknown_name("metric", metric, METRICS)
-    lacking = [run.folder for runs in grid.runs.values() for run in runs if METRICS[metric] not in run.evaluation]
-    if lacking:
-        raise UsageError(f"{lacking[0]} has no {metric}: its task knows no victory, compare returns")
+    if score not in SCORES:
+        raise unknown_name("score", score, SCORES)
+    values = values_of(grid, metric, score)
     if reference is None:
         reference = next((m for m in grid.methods if m == "k24" or m.partition("-")[2] == "k24"), None)
     elif reference not in grid.methods:
@@ -75,8 +77,9 @@ def report(
             times, more = latencies(grid, out / "latency.json", latency)
             costs = {cell: {**costs.get(cell, {}), **({"latency_us": times[cell]} if cell in times else {})} for cell in grid.runs}
             unknown += more
-        summary = summarise(grid, metric, reference, played, costs, reps) | {"costs_unknown": unknown, "latency_envs": latency}
-        drawn = pictures.draw(grid, summary, normalised(grid, metric, played), out)
+        about = {"metric": metric, "score": score, "costs_unknown": unknown, "latency_envs": latency}
+        summary = about | summarise(grid, values, reference, played, costs, reps)
+        drawn = pictures.draw(grid, summary, normalised(grid, values, played), out)
         counts = sorted({int(run.evaluation["episodes"]) for runs in grid.runs.values() for run in runs})
         text = markdown.write(summary, drawn, " or ".join(map(str, counts)))
         write_atomically(out / "report.md", text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from k24.report.statistics import Estimate
@@ -25,8 +26,9 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         episodes: Of the final evaluations, as text.
     """
     metric, reference = summary["metric"], summary["reference"]
-    digits = 1 if metric == "return" else 3
     lines = ["# Report", "", DEFINED[metric].format(episodes=episodes), ""]
+    if summary["score"] == "training":
+        lines += ["**Scores are means over training**: of the evaluations of the deployed masks, the area under the learning curve.", ""]
     lines += [
         "Intervals are of 95%: Student's t for the mean of one task, percentile bootstraps over the seeds of each task for all else.",
         "",
@@ -43,6 +45,7 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         lines += [f"**Few seeds:** some task has {few}; bootstraps of so few runs are too narrow. Read differences as leads.", ""]
 
     for name, task in summary["tasks"].items():
+        digits = _digits(*task["range"])
         lines += [f"## {name}", "", f"{len(task['seeds'])} seeds ({', '.join(map(str, task['seeds']))})."]
         if task["random"] is not None:
             lines[-1] += f" Random play: {task['random']:.{digits}f}."
@@ -87,6 +90,11 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
     for title, file in pictures.items():
         lines += [f"![{title}]({file})", ""]
     return "\n".join(lines)
+
+
+def _digits(low: float, high: float) -> int:
+    """Digits after the point that tell scores of such a range apart: three or so in all."""
+    return min(4, max(0, 2 - math.floor(math.log10(high - low)))) if high > low else 2
 
 
 def _interval(found: Estimate, digits: int) -> str:

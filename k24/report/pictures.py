@@ -19,6 +19,7 @@ COLOURS = (
     *("#999999", "#8C564B", "#17BECF", "#BCBD22", "#7F3C8D"),
 )
 LABELS = {"return": "return (sum over agents and steps)", "win_rate": "episodes won"}
+SCORED = {"final": "", "training": ", mean over training"}
 
 # What is paid for a return: key of a method's numbers, label of the axis, name.
 PRICES = (
@@ -107,7 +108,7 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
                 mean = methods[method]["mean"]
                 error = None if mean.low is None else [[max(value - mean.low, 0)], [max(mean.high - value, 0)]]
                 axis.errorbar(cost, value, error, fmt="o", color=colour[method], capsize=3, label=method)
-            axis.set(xlabel=label.format(envs=summary["latency_envs"]), ylabel=LABELS[summary["metric"]])
+            axis.set(xlabel=label.format(envs=summary["latency_envs"]), ylabel=LABELS[summary["metric"]] + SCORED[summary["score"]])
             axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds; grey: nothing is both cheaper and better", fontsize=10)
             axis.ticklabel_format(axis="x", style="plain")
             axis.margins(x=0.15)

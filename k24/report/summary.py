@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from k24.errors import UsageError
 from k24.report import statistics
 from k24.report.runs import Grid, RunRecord
 from k24.report.statistics import Estimate, Scores
@@ -13,62 +14,89 @@ from k24.report.statistics import Estimate, Scores
 # By how much of a task's range a method may be worse and still count as level.
 MARGIN = 0.02
 METRICS = {"return": "return_mean", "win_rate": "win_rate"}
+SCORES = ("final", "training")
 
 
-def scores_of(runs: list[RunRecord], metric: str) -> np.ndarray:
-    """Final evaluations, one number per seed."""
-    return np.array([float(run.evaluation[METRICS[metric]]) for run in runs])
+# One number for each run of a method on a task.
+Values = dict[tuple[str, str], np.ndarray]
 
 
-def ranges(grid: Grid, metric: str, random: dict[str, float]) -> dict[str, tuple[float, float]]:
-    """What a score is measured in on each task: the worst run of all (or random play, where known) and the best run.
+def values_of(grid: Grid, metric: str, score: str) -> Values:
+    """What each run scored.
 
     Args:
         grid: The runs.
         metric: ``return`` or ``win_rate``.
+        score: ``final``, its final evaluation; or ``training``, the mean of its evaluations over training (the area under its learning
+            curve, divided by the steps), which tells who learns sooner where all end at the same.
+
+    Raises:
+        UsageError: A run has no such evaluation.
+    """
+    for run in (run for runs in grid.runs.values() for run in runs):
+        if METRICS[metric] not in run.evaluation:
+            raise UsageError(f"{run.folder} has no {metric}: its task knows no victory, compare returns")
+        if score == "training" and len(run.curve(f"{metric}_eval")) < 2:
+            raise UsageError(f"{run.folder} was evaluated less than twice in training: compare final scores, or train it with --eval-every")
+
+    def one(run: RunRecord) -> float:
+        if score == "final":
+            return float(run.evaluation[METRICS[metric]])
+        steps, values = np.array(run.curve(f"{metric}_eval")).T
+        return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+    return {cell: np.array([one(run) for run in runs]) for cell, runs in grid.runs.items()}
+
+
+def ranges(grid: Grid, values: Values, random: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """What a score is measured in on each task: the worst run of all (or random play, where known) and the best run.
+
+    Args:
+        grid: The runs.
+        values: What each scored.
         random: What random play gets, by task; tasks may be missing.
     """
-    every = {task: np.concatenate([scores_of(grid.runs[method, task], metric) for method in grid.methods]) for task in grid.tasks}
+    every = {task: np.concatenate([values[method, task] for method in grid.methods]) for task in grid.tasks}
     return {task: (random.get(task, float(scores.min())), float(scores.max())) for task, scores in every.items()}
 
 
-def normalised(grid: Grid, metric: str, random: dict[str, float]) -> dict[str, Scores]:
+def normalised(grid: Grid, values: Values, random: dict[str, float]) -> dict[str, Scores]:
     """Scores of each method, one array per task, from 0 to 1 over :func:`ranges`; arguments as there."""
-    spans = ranges(grid, metric, random)
+    spans = ranges(grid, values, random)
 
     def scaled(method: str, task: str) -> np.ndarray:
-        scores, (low, high) = scores_of(grid.runs[method, task], metric), spans[task]
+        scores, (low, high) = values[method, task], spans[task]
         return (scores - low) / (high - low) if high > low else np.ones_like(scores)
 
     return {method: [scaled(method, task) for task in grid.tasks] for method in grid.methods}
 
 
-def summarise(grid: Grid, metric: str, reference: str | None, random: dict[str, float], costs: dict, reps: int) -> dict[str, Any]:
-    """Everything that is written into ``report.json``.
+def summarise(grid: Grid, values: Values, reference: str | None, random: dict[str, float], costs: dict, reps: int) -> dict[str, Any]:
+    """Everything that is written into ``report.json``, but for what it is called.
 
     Args:
         grid: The runs.
-        metric: ``return`` or ``win_rate``.
+        values: What each scored.
         reference: Method that the others are compared with; None for no such comparison.
         random: What random play gets, by task.
         costs: By method and task: ``macs_per_act``, ``params``, ``bytes`` and ``latency_us``, as far as they are known.
         reps: Bootstrap samples.
     """
-    tasks: dict[str, Any] = {}
+    spans = ranges(grid, values, random)
+    tasks: dict[str, dict[str, Any]] = {}
     for task in grid.tasks:
-        tasks[task] = {"random": random.get(task), "methods": {}, "seeds": [run.seed for run in grid.runs[grid.methods[0], task]]}
+        seeds = [run.seed for run in grid.runs[grid.methods[0], task]]
+        tasks[task] = {"random": random.get(task), "range": spans[task], "methods": {}, "seeds": seeds}
         for method in grid.methods:
-            runs = grid.runs[method, task]
-            values = scores_of(runs, metric)
+            scored = values[method, task]
             tasks[task]["methods"][method] = {
-                "mean": statistics.student(values),
-                "iqm": statistics.estimate(statistics.iqm, [values], reps=reps),
-                "each": values.tolist(),
+                "mean": statistics.student(scored),
+                "iqm": statistics.estimate(statistics.iqm, [scored], reps=reps),
+                "each": scored.tolist(),
                 **costs.get((method, task), {}),
             }
-    scores = normalised(grid, metric, random)
+    scores = normalised(grid, values, random)
     result: dict[str, Any] = {
-        "metric": metric,
         "reference": reference,
         "tasks": tasks,
         "together": {
@@ -87,7 +115,7 @@ def summarise(grid: Grid, metric: str, reference: str | None, random: dict[str, 
             for other in others
         }
         result["against"] = {task: {other: _verdict(tasks[task]["methods"], reference, other) for other in others} for task in grid.tasks}
-        margins = {task: MARGIN * (high - low) for task, (low, high) in ranges(grid, metric, random).items()}
+        margins = {task: MARGIN * (high - low) for task, (low, high) in spans.items()}
         result["level"] = {
             task: {other: _is_level(tasks[task]["methods"], reference, other, margins[task]) for other in others} for task in grid.tasks
         }
