@@ -177,6 +177,21 @@ def test_without_ray_one_line_says_what_to_install(capfd, tmp_path, monkeypatch)
     assert contents(tmp_path) == {}
 
 
+def test_a_cluster_that_does_not_answer_is_one_line(capfd, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def init(address, **_):
+        raise ConnectionError(f"{address} timed out")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "init", init)
+    arguments = ["sweep", "--tasks", "toy/matrix", "--seeds", "1"]
+    assert "no Ray cluster answers at ray://far:10001 (ConnectionError: ray://far:10001 timed out" in refused(
+        capfd, *arguments, "--address", "ray://far:10001"
+    )
+    assert "Ray does not start on this machine (ConnectionError: local timed out" in refused(capfd, *arguments)
+
+
 # --- suites ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -183,8 +183,13 @@ def session(address: str | None, jobs: int | None) -> Iterator[Any]:
             else:
                 ray.init(address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = "on this machine" if address is None else f"at {address}"
-        raise UsageError(f"Ray does not start {where} ({describe(error)[:300]}): see 'k24 sweep --help' for --address") from error
+        said = describe(error)[:300]
+        if address is None:
+            raise UsageError(f"Ray does not start on this machine ({said}): is there memory and disk left, and is /tmp writable?") from error
+        raise UsageError(
+            f"no Ray cluster answers at {address} ({said}): give ray://HOST:10001, with the address that 'ray start --head' printed; where "
+            "the cluster asks for a token, set RAY_AUTH_MODE=token"
+        ) from error
     try:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray has put a handler of its own there, which ends the process at once
