@@ -10,13 +10,14 @@ EVERYTHING := $(VENV)/.everything
 test: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test lint docs clean
 
 help:
 	@echo 'make demo    train K-2:4 QMIX on simple_spread for a few minutes, evaluate, export, show the result'
 	@echo 'make venv    create .venv and install k24 with everything the tests need'
 	@echo 'make test    run the fast tests'
 	@echo 'make lint    ruff (rules and format) and mypy'
+	@echo 'make docs    the documentation site, in build/site'
 	@echo 'make clean   remove .venv, caches and build products; results/ stays'
 	@echo 'PYTHON=...   the Python (3.11 to 3.13) to create .venv from; now: $(PYTHON)'
 
@@ -32,6 +33,14 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# A message of the docstrings' reader is no warning to the builder, and must not pass either.
+docs: $(STAMP)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt 'k24[docs]'
+	$(BIN)/python docs/_site.py build/docs
+	$(BIN)/zensical build --clean --strict -f mkdocs.yml > build/site.log 2>&1 || { cat build/site.log >&2; exit 1; }
+	@if grep griffe build/site.log >&2; then exit 1; fi
+	@echo 'written to build/site: open index.html, or $(BIN)/zensical serve'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis k24/kernels/_cpu*.so

@@ -299,7 +299,7 @@ class MaskedLinear(nn.Module):
         Args:
             x: ``[A, N, I]``.
             valid: bool ``[A, N]`` or ``[N]``, rows that count (no padding, nobody dead); None for all. A slot without
-            valid rows keeps its value.
+                valid rows keeps its value.
         """
         if not self._is_update_due():
             return

@@ -216,7 +216,7 @@ def choose(
         temperature: tau > 0.
         noise: From :func:`draw_noise`.
         forward: ``expected``: no draw, the mask is its expectation. ``sample``: one uniform per group through the
-        inverse CDF, gradient through pi.
+            inverse CDF, gradient through pi.
             ``gumbel``: Gumbel-max forward, softmax of the perturbed logits backward. ``gumbel_soft``: that softmax forward too.
         kappa: Inverse-temperature factor on the logits.
         temperature_on: ``logits`` divides the logits alone. ``all`` divides the noise as well; then the draw ignores tau.
