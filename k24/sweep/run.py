@@ -185,7 +185,7 @@ def session(address: str | None, jobs: int | None) -> Iterator[Any]:
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         said = describe(error)[:300]
         if address is None:
-            raise UsageError(f"Ray does not start on this machine ({said}): is there memory and disk left, and is /tmp writable?") from error
+            raise UsageError(f"Ray does not start on this machine ({said}): is there memory left, and can /tmp be written?") from error
         raise UsageError(
             f"no Ray cluster answers at {address} ({said}): give ray://HOST:10001, with the address that 'ray start --head' printed; where "
             "the cluster asks for a token, set RAY_AUTH_MODE=token"
