@@ -43,7 +43,7 @@ class SweepOptions:
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Seeds 0 to N-1 of each; 5, or what the suite says."""
     suite: str | None = None
-    """Tasks with learners, settings and seeds that are written down: hetero."""
+    """Tasks with learners, settings and seeds that are written down: hetero, agents or ablation."""
     out: Path = Path("results")
     """Folder for all runs; with --address one that all machines see."""
     address: str | None = None
