@@ -45,9 +45,14 @@ _SPECIALISATION = (
 _MAPPO = "--envs 32 --lr 7e-4 --critic-lr 7e-4"
 
 
-def _blind_spread(agents: int) -> SuiteTask:
+# What is learned of it, by QMIX slowly and by MAPPO soon: MAPPO hardly tells learned masks from random ones there, QMIX does.
+_BLIND = {"qmix": ("--steps 600000 --env-steps-per-update 200", 3), "mappo": (f"{_MAPPO} --steps 200000", 5)}
+
+
+def _blind_spread(agents: int, algo: str) -> SuiteTask:
+    settings, seeds = _BLIND[algo]
     note = f"{agents} agents of {min(agents, 4)} colours that nobody sees"
-    return SuiteTask(f"vmas/blind_spread,n_agents={agents}", "mappo", f"{_MAPPO} --steps 200000", 5, note)
+    return SuiteTask(f"vmas/blind_spread,n_agents={agents}", algo, settings, seeds, note)
 
 
 _SPECIALISATIONS = tuple(
@@ -92,8 +97,8 @@ SUITES: dict[str, Suite] = {
         _COMPARED,
         (
             *_SPECIALISATIONS,
-            _blind_spread(8),
-            _blind_spread(16),
+            _blind_spread(8, "qmix"),
+            _blind_spread(16, "qmix"),
             SuiteTask(
                 "mpe/simple_speaker_listener",
                 "qmix",
@@ -132,7 +137,7 @@ SUITES: dict[str, Suite] = {
         ),
     ),
     # Which part of k24 gives what.
-    "ablation": Suite(_ABLATED, (_SPECIALISATIONS[-1], _blind_spread(4))),
+    "ablation": Suite(_ABLATED, (_SPECIALISATIONS[-1], _blind_spread(4, "mappo"))),
     # Does more agents mean more to gain?
-    "agents": Suite(_COMPARED, tuple(_blind_spread(n) for n in (2, 4, 8, 16))),
+    "agents": Suite(_COMPARED, tuple(_blind_spread(n, "mappo") for n in (2, 4, 8, 16))),
 }
