@@ -59,7 +59,7 @@ SEVERAL_STEPS = {
         steps=6400,
         learner=ValueConfig(lr=5e-3, batch_size=32, buffer_size=256, env_steps_per_update=16, target_update=20, epsilon_anneal=2000),
     ),
-    PPOConfig: dataclasses.replace(POLICIES, steps=5120, envs=32, hidden=16, learner=PPOConfig(lr=5e-3, critic_lr=5e-3, epochs=5)),
+    PPOConfig: dataclasses.replace(POLICIES, steps=6400, envs=32, hidden=16, learner=PPOConfig(lr=5e-3, critic_lr=5e-3, epochs=5)),
 }
 
 # Continuous actions. What is paid peaks at places that random play hardly gets to, and a wall is close behind them.
