@@ -95,6 +95,10 @@ def test_continuous_actions_are_on_or_off(value):
 # --- the same numbers as VMAS ---------------------------------------------------------------------------------------------------
 
 
+# VMAS draws one goal for all environments there, and ours one for each.
+ONE_GOAL_IN_VMAS = ["mpe/simple_adversary", "mpe/simple_push", "mpe/simple_reference", "mpe/simple_speaker_listener"]
+
+
 def _in_units_of_vmas(env: TeamEnv, raw, actions: torch.Tensor) -> list[torch.Tensor]:
     """A joint action as VMAS's own class takes it."""
     if not env.spec.continuous:
@@ -113,6 +117,12 @@ def _assert_same_as_vmas(task: str, options: dict[str, object], continuous: bool
     ours = make_env(task, n_envs, max_steps=1000, continuous_actions=continuous, **options)
     raw = vmas.make_env(task.split("/")[1], n_envs, continuous_actions=continuous, seed=5, **options)
     obs, raw_obs = ours.reset(5), raw.reset(seed=5)
+    if task in ONE_GOAL_IN_VMAS:
+        for mine, theirs in zip(ours.scenario.world.agents, raw.agents, strict=True):
+            for name in ("goal", "goal_b"):
+                if getattr(theirs, name, None) is not None:
+                    getattr(mine, name)._which.fill_(raw.world.landmarks.index(getattr(theirs, name)))
+        obs = ours._observe()
     chooser = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for mine, theirs in zip(obs.obs, raw_obs, strict=True):
@@ -163,6 +173,52 @@ def test_worlds_of_round_bodies_are_stepped_at_once_to_the_same_numbers(task, op
 def test_other_worlds_are_left_to_vmas(task):
     env = make_env(task, 2)
     assert env._physics is env.scenario.world
+
+
+@pytest.mark.parametrize("task", ONE_GOAL_IN_VMAS)
+def test_every_episode_has_a_goal_of_its_own(task):
+    env = make_env(task, 64, max_steps=100)
+    env.reset(0)
+    for agent in env.scenario.world.agents:
+        for goal in (one for one in (getattr(agent, "goal", None), getattr(agent, "goal_b", None)) if one is not None):
+            landmarks = env.scenario.world.landmarks
+            before = goal._which.clone()
+            assert before.unique().tolist() == list(range(len(landmarks)))
+            at = torch.stack([landmark.state.pos for landmark in landmarks])
+            assert torch.equal(goal.pos, torch.stack([at[which, env_index] for env_index, which in enumerate(before.tolist())]))
+    drawn = set()
+    for _ in range(40):
+        env.scenario.env_reset_world_at(3)
+        drawn.add(int(goal._which[3]))
+        assert torch.equal(goal._which[4:], before[4:]) and torch.equal(goal._which[:3], before[:3])
+    assert drawn == set(range(len(landmarks)))
+
+
+def test_the_speaker_sees_the_colour_of_the_landmark_that_pays():
+    env = make_env("mpe/simple_speaker_listener", 32)
+    seen = env.reset(0).obs
+    colours = torch.stack([landmark.color for landmark in env.scenario.world.landmarks])
+    goal = (seen[0, :, :3] - colours[:, None]).abs().sum(-1).argmin(0)
+    # Where the listener stands on that landmark, and nowhere else, nobody pays.
+    listener, places = env.scenario.world.agents[1], torch.stack([landmark.state.pos for landmark in env.scenario.world.landmarks])
+    listener.set_pos(places[goal, torch.arange(32)], batch_index=None)
+    assert not env.scenario.reward(env.scenario.world.agents[0]).any()
+    listener.set_pos(places[(goal + 1) % 3, torch.arange(32)], batch_index=None)
+    assert (env.scenario.reward(env.scenario.world.agents[0]) < 0).all()
+
+
+def test_in_reference_and_push_colours_tell_the_goal():
+    env = make_env("mpe/simple_reference", 32)
+    seen = env.reset(0).obs
+    colours = torch.stack([landmark.color for landmark in env.scenario.world.landmarks])
+    for agent, mine in zip(env.scenario.world.agents, seen, strict=True):
+        assert torch.equal(mine[:, 8:11], colours[agent.goal_b._which])
+    env = make_env("mpe/simple_push", 32)
+    seen = env.reset(0).obs
+    # Velocity, offset to the goal, own colour (0.5 brighter where the goal is marked), offsets to both landmarks.
+    for row, which in zip(seen[1], env.scenario.world.agents[1].goal._which.tolist(), strict=True):
+        assert torch.equal(row[2:4], row[7 + 2 * which : 9 + 2 * which])
+        assert row[4:7].tolist() == [0.25, 0.75, 0.25] if which == 0 else row[4:7].tolist() == [0.25, 0.25, 0.75]
 
 
 # --- actions --------------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vmas.scenarios import give_way, road_traffic, wind_flocking
 from vmas.scenarios.debug import circle_trajectory, goal, het_mass
-from vmas.scenarios.mpe import simple_spread
+from vmas.scenarios.mpe import simple_adversary, simple_push, simple_reference, simple_speaker_listener, simple_spread
 
 
 class SimpleSpread(simple_spread.Scenario):
@@ -57,6 +58,120 @@ class SimpleSpread(simple_spread.Scenario):
             speed = torch.stack([one.state.vel for one in agents])
             self._seen = dict(zip(agents, torch.cat([own, speed, offsets], dim=-1), strict=True))
         return self._seen[agent]
+
+
+class _Goal:
+    """A landmark for each environment, which VMAS's code takes for one landmark.
+
+    VMAS's MPE scenarios draw one goal for all environments, and draw it anew only when all begin anew together; the particle environments
+    that they port draw one for every episode. A batch of episodes with one goal teaches nobody to listen.
+    """
+
+    def __init__(self, world: Any) -> None:
+        self._landmarks = world.landmarks
+        self._which = torch.zeros(world.batch_dim, dtype=torch.int64, device=world.device)
+
+    def draw(self, env_index: int | None) -> None:
+        """Chooses anew in one environment, or in all."""
+        rows = self._which[_rows(env_index)]
+        self._which[_rows(env_index)] = torch.randint(len(self._landmarks), rows.shape, device=rows.device)
+
+    def among(self, of_each: Tensor) -> Tensor:
+        """Its own among what the landmarks have, ``[L, ...]``: ``[E, ...]``."""
+        return of_each[self._which]
+
+    @property
+    def state(self) -> _Goal:
+        """Where ``pos`` is looked for."""
+        return self
+
+    @property
+    def pos(self) -> Tensor:
+        """Place in each environment, ``[E, 2]``."""
+        places = torch.stack([landmark.state.pos for landmark in self._landmarks])
+        return places[self._which, torch.arange(len(self._which), device=places.device)]
+
+    @property
+    def color(self) -> Tensor:
+        """Some landmark's, for code that wants one colour for all; what is shown of it is replaced by ``colours``."""
+        return self._landmarks[0].color
+
+    @property
+    def colours(self) -> Tensor:
+        """Colour in each environment, ``[E, 3]``."""
+        return self.among(torch.stack([landmark.color for landmark in self._landmarks]))
+
+
+class SpeakerListener(simple_speaker_listener.Scenario):
+    """Gives each episode a goal of its own; see ``_Goal``."""
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        """See VMAS."""
+        super().reset_world_at(env_index)
+        speaker, listener = self.world.agents
+        if env_index is None:
+            speaker.goal_b = _Goal(self.world)
+        speaker.goal_b.draw(env_index)
+        listener.color = speaker.goal_b.colours + 0.45
+
+    def observation(self, agent: Any) -> Tensor:
+        """See VMAS."""
+        return super().observation(agent) if agent.movable else agent.goal_b.colours
+
+
+class Reference(simple_reference.Scenario):
+    """As for ``SpeakerListener``, a goal for each of the two."""
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        """See VMAS."""
+        super().reset_world_at(env_index)
+        for agent in self.world.agents:
+            if env_index is None:
+                agent.goal_b = _Goal(self.world)
+            agent.goal_b.draw(env_index)
+            agent.goal_a.color = agent.goal_b.colours
+
+    def observation(self, agent: Any) -> Tensor:
+        """See VMAS: own velocity, offsets to the landmarks, the goal's colour, the other one's word."""
+        seen = super().observation(agent)
+        first = 2 + 2 * len(self.world.landmarks)
+        seen[:, first : first + 3] = agent.goal_b.colours
+        return seen
+
+
+class Adversary(simple_adversary.Scenario):
+    """As for ``SpeakerListener``, one goal for the whole team."""
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        """See VMAS."""
+        super().reset_world_at(env_index)
+        _share_goal(self.world, env_index)
+
+
+class Push(simple_push.Scenario):
+    """As for ``Adversary``; the agent's own colour tells it which landmark is its goal."""
+
+    def reset_world_at(self, env_index: int | None = None) -> None:
+        """See VMAS."""
+        super().reset_world_at(env_index)
+        _share_goal(self.world, env_index)
+
+    def observation(self, agent: Any) -> Tensor:
+        """See VMAS: the agent sees its velocity, the offset to the goal, its own colour, and what the adversary sees."""
+        seen = super().observation(agent)
+        if not agent.adversary:
+            landmarks = torch.arange(len(self.world.landmarks), device=seen.device)
+            seen[:, 4:7] = 0.25 + 0.5 * F.one_hot(agent.goal.among(landmarks) + 1, 3)
+        return seen
+
+
+def _share_goal(world: Any, env_index: int | None) -> None:
+    """Gives all agents one goal in each environment."""
+    if env_index is None:
+        goal = _Goal(world)
+        for agent in world.agents:
+            agent.goal = goal
+    world.agents[0].goal.draw(env_index)
 
 
 class GiveWay(give_way.Scenario):
@@ -153,6 +268,10 @@ def _rows(env_index: int | None) -> slice | int:
 
 
 CHANGED = {
+    "mpe/simple_adversary": Adversary,
+    "mpe/simple_push": Push,
+    "mpe/simple_reference": Reference,
+    "mpe/simple_speaker_listener": SpeakerListener,
     "mpe/simple_spread": SimpleSpread,
     "vmas/debug/circle_trajectory": CircleTrajectory,
     "vmas/debug/goal": Goal,
