@@ -109,7 +109,7 @@ SUITES: dict[str, Suite] = {
             SuiteTask(
                 "mpe/simple_spread",
                 "mappo",
-                "--preset mappo_mpe --steps 500000 --lr-decay-start 0.8",
+                "--preset mappo_mpe --steps 1000000 --lr-decay-start 0.8",
                 3,
                 "three agents cover three landmarks; roles follow from places",
             ),
