@@ -1,4 +1,4 @@
-"""Writes the pages of the documentation site: those of this folder, the README as the first one, and one for every module.
+"""Writes the pages of the documentation site: those of this folder, the READMEs as the first ones, and one for every module.
 
     python docs/_site.py build/docs
 
@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
+FIRST = {"README.md": "index.md", "README.zh-CN.md": "zh/index.md"}  # first page of each language
 
 
 def module_pages() -> dict[str, str]:
@@ -46,8 +47,8 @@ def on_site(text: str, source: Path, place: Path, pages: dict[str, str]) -> str:
         path = (source.parent / link).resolve().relative_to(ROOT)
         if path.parts[0] == "docs" and len(path.parts) > 1:
             return up + path.relative_to("docs").as_posix()
-        if path == Path("README.md"):
-            return f"{up}index.md"
+        if str(path) in FIRST:
+            return up + FIRST[str(path)]
         module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
         return f"{up}api/{module}.md" if f"api/{module}.md" in pages else None
 
@@ -62,7 +63,7 @@ def write(out: Path) -> None:
     """Writes all pages into a folder, which is emptied first."""
     shutil.rmtree(out, ignore_errors=True)
     pages = module_pages()
-    sources = {Path("index.md"): ROOT / "README.md"}
+    sources = {Path(place): ROOT / name for name, place in FIRST.items()}
     for path in sorted((ROOT / "docs").rglob("*")):
         if path.suffix == ".md":
             sources[path.relative_to(ROOT / "docs")] = path

@@ -39,20 +39,21 @@ def chi_square(codes: Tensor, pi: Tensor) -> float:
 
 # --- module A --------------------------------------------------------------------------------------------------------------------
 
-# S = |W|·EMA·sigmoid(0) = .5, 2, 1.5, 1.
+# |W|·EMA = 1, 4, 3, 2; exp(0) = 1, sigmoid(0) = 1/2.
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0, -4.0]], dtype=torch.float64)
 EMA = torch.tensor([[1.0, 2.0, 1.0, 0.5]], dtype=torch.float64)
 ALPHA = torch.zeros(1, 1, 4, dtype=torch.float64)
 
 
 def test_score_by_hand() -> None:
-    assert score(WEIGHT, EMA, ALPHA).flatten().tolist() == [0.5, 2.0, 1.5, 1.0]
-    # sigmoid(log 3) = 3/4.
-    assert score(WEIGHT, EMA, ALPHA + math.log(3)).flatten().tolist() == pytest.approx([0.75, 3.0, 2.25, 1.5])
-    assert log_score(WEIGHT, EMA, ALPHA).exp().flatten().tolist() == pytest.approx([0.5, 2.0, 1.5, 1.0])
+    assert score(WEIGHT, EMA, ALPHA).flatten().tolist() == [1.0, 4.0, 3.0, 2.0]
     # exp(log 3) = 3, and there is no end to it.
-    assert score(WEIGHT, EMA, ALPHA + math.log(3), "exp").flatten().tolist() == pytest.approx([3.0, 12.0, 9.0, 6.0])
-    assert log_score(WEIGHT, EMA, ALPHA + 1000, "exp").flatten().tolist() == pytest.approx([1000 + math.log(x) for x in (1, 4, 3, 2)])
+    assert score(WEIGHT, EMA, ALPHA + math.log(3)).flatten().tolist() == pytest.approx([3.0, 12.0, 9.0, 6.0])
+    assert log_score(WEIGHT, EMA, ALPHA + 1000).flatten().tolist() == pytest.approx([1000 + math.log(x) for x in (1, 4, 3, 2)])
+    # sigmoid(log 3) = 3/4.
+    assert score(WEIGHT, EMA, ALPHA, "sigmoid").flatten().tolist() == [0.5, 2.0, 1.5, 1.0]
+    assert score(WEIGHT, EMA, ALPHA + math.log(3), "sigmoid").flatten().tolist() == pytest.approx([0.75, 3.0, 2.25, 1.5])
+    assert log_score(WEIGHT, EMA, ALPHA, "sigmoid").exp().flatten().tolist() == pytest.approx([0.5, 2.0, 1.5, 1.0])
 
 
 def test_score_is_per_slot_and_leaves_the_weight_alone() -> None:
@@ -62,12 +63,10 @@ def test_score_is_per_slot_and_leaves_the_weight_alone() -> None:
     for function in (score, log_score):
         s = function(weight, ema, alpha)
         assert torch.autograd.grad(s.sum(), weight, allow_unused=True)[0] is None
-    explicit = torch.stack([weight.abs() * ema[a] * torch.sigmoid(alpha[a]) for a in range(2)])
-    assert torch.allclose(score(weight, ema, alpha), explicit)
-    assert torch.allclose(log_score(weight, ema, alpha), explicit.log())
-    explicit = torch.stack([weight.abs() * ema[a] * alpha[a].exp() for a in range(2)])
-    assert torch.allclose(score(weight, ema, alpha, "exp"), explicit)
-    assert torch.allclose(log_score(weight, ema, alpha, "exp"), explicit.log())
+    for gate, through in (("exp", torch.exp), ("sigmoid", torch.sigmoid)):
+        explicit = torch.stack([weight.abs() * ema[a] * through(alpha[a]) for a in range(2)])
+        assert torch.allclose(score(weight, ema, alpha, gate), explicit)  # type: ignore[arg-type]
+        assert torch.allclose(log_score(weight, ema, alpha, gate), explicit.log())  # type: ignore[arg-type]
 
 
 # --- module B: logits ------------------------------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ def test_score_is_per_slot_and_leaves_the_weight_alone() -> None:
 
 def test_logits_by_hand() -> None:
     def logits(kind: str, normalise: str = "none") -> list[float]:
-        return pattern_logits(WEIGHT, EMA, ALPHA, TWO_FOUR, kind, normalise).flatten().tolist()  # type: ignore[arg-type]
+        return pattern_logits(WEIGHT, EMA, ALPHA, TWO_FOUR, kind, normalise, "sigmoid").flatten().tolist()  # type: ignore[arg-type]
 
     # Order 1100, 1010, 1001, 0110, 0101, 0011.
     assert logits("log") == pytest.approx([math.log(x) for x in (1.0, 0.75, 0.5, 3.0, 2.0, 1.5)])

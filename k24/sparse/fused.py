@@ -84,7 +84,7 @@ def masked_weight(
     scale: float,
     uniform: Tensor | None = None,
     codes: Tensor | None = None,
-    gate: Gate = "sigmoid",
+    gate: Gate = "exp",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Each slot's masked weight by log scores.
 

@@ -48,7 +48,7 @@ Gate = Literal["sigmoid", "exp"]
 EPS = 1e-12
 
 
-def score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "sigmoid") -> Tensor:
+def score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "exp") -> Tensor:
     """Module A: ``|W| · EMA · g(alpha)``.
 
     Args:
@@ -63,7 +63,7 @@ def score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "sigmoid") ->
     return (weight.detach().abs() * ema[:, None]) * (torch.sigmoid(alpha) if gate == "sigmoid" else alpha.exp())
 
 
-def log_score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "sigmoid") -> Tensor:
+def log_score(weight: Tensor, ema: Tensor, alpha: Tensor, gate: Gate = "exp") -> Tensor:
     """Logarithm of :func:`score`, stable for large alpha of either sign; shapes as there."""
     log_w = weight.detach().abs().clamp_min(EPS).log()
     return (F.logsigmoid(alpha) if gate == "sigmoid" else alpha) + (log_w + ema.clamp_min(EPS).log()[:, None])
@@ -76,7 +76,7 @@ def pattern_logits(
     patterns: PatternSet,
     kind: Logits = "log",
     normalise: Normalise = "none",
-    gate: Gate = "sigmoid",
+    gate: Gate = "exp",
 ) -> Tensor:
     """Module B, first half: one logit per pattern, illegal ones ``-inf``.
 
