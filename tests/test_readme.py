@@ -1,4 +1,4 @@
-"""The README's commands work: each is run as it stands, in order, in one folder, only made shorter where it would train or measure for long."""
+"""The README's commands work, in order, in one folder: as they stand, or made shorter where they would train or measure for long."""
 
 from __future__ import annotations
 
