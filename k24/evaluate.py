@@ -413,4 +413,6 @@ def record_gif(actor: Actor, env: TeamEnv, path: Path, seed: int = EVAL_SEED) ->
         frames.append(env.render())
     pictures = [f.cpu().numpy() for f in frames if f is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, pictures, extension=".gif", duration=100, loop=0)
+    # Milliseconds; a pause where it begins and a longer one where it ends.
+    shown = [700, *[100] * (len(pictures) - 2), 1500][-len(pictures) :]
+    iio.imwrite(path, pictures, extension=".gif", duration=shown, loop=0)

@@ -123,43 +123,74 @@ def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:
         title: Above the pictures.
     """
     plt = _pyplot()
-    panels = 3 if found["pattern_usage"] else 2
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.2), constrained_layout=True)
-    _matrix(axes[0], torch.tensor(found["distance"]))
+    usage = found["pattern_usage"]
+    figure, axes = plt.subplot_mosaic(
+        [["distance", "usage"], ["distance", "sparsity"]] if usage else [["distance", "sparsity"]],
+        figsize=(9.6, 4.9),
+        width_ratios=[1.3, 1],
+        constrained_layout=True,
+    )
+    _matrix(axes["distance"], torch.tensor(found["distance"]))
     names = list(found["layers"])
-    axes[-1].barh(range(len(names)), [found["layers"][n] for n in names], color="#4c72b0")
-    axes[-1].set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1), xlabel="share of weights dropped", title="sparsity by layer")
-    axes[-1].invert_yaxis()
-    if found["pattern_usage"]:
-        usage = found["pattern_usage"]
-        axes[1].bar(range(len(usage)), usage, color="#55a868")
-        axes[1].axhline(1 / len(usage), color="#888888", linestyle="--", linewidth=1, label="uniform")
-        axes[1].set(xlabel="pattern", ylabel="share of groups", title=f"pattern usage ({found['pattern_entropy']:.2f} bits)")
+    axes["sparsity"].barh(range(len(names)), [found["layers"][n] for n in names], color="#0072B2")
+    axes["sparsity"].set(
+        yticks=range(len(names)), yticklabels=names, xlim=(0, 1), xlabel="share of weights dropped", title="sparsity by layer"
+    )
+    axes["sparsity"].invert_yaxis()
+    if usage:
+        axis = axes["usage"]
+        axis.bar(range(len(usage)), usage, color="#009E73")
+        axis.axhline(1 / len(usage), color="#444444", linestyle="--", linewidth=1)
+        axis.annotate(
+            "uniform",
+            (len(usage) - 0.45, 1 / len(usage)),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="right",
+            color="#444444",
+            fontsize=9,
+        )
+        axis.set(xlabel="pattern", ylabel="share of groups", title=f"pattern usage ({found['pattern_entropy']:.2f} bits)")
+        axis.set_ylim(0, 1.25 * max(*usage, 1 / len(usage)))
         if len(usage) <= 12:
-            axes[1].set_xticks(range(len(usage)))
-        axes[1].legend(frameon=False)
+            axis.set_xticks(range(len(usage)))
     figure.suptitle(title)
     _save(figure, path)
 
 
+def chain(distance: Tensor) -> list[int]:
+    """An order in which neighbours are alike: from agent 0 on, always the nearest one that is left.
+
+    Args:
+        distance: Between agents, ``[A, A]``.
+    """
+    order = [0]
+    while len(order) < len(distance):
+        order.append(min(set(range(len(distance))) - set(order), key=lambda k: float(distance[order[-1], k])))
+    return order
+
+
 def _matrix(axis: Any, values: Tensor) -> None:
-    top = max(0.5, float(values.max()))
-    axis.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=top)
-    n = len(values)
+    """Distances between agents, each beside the nearest one that is left, so that alike ones make blocks."""
+    n, order = len(values), chain(values)
+    shown = values[order][:, order]
+    others = shown[~torch.eye(n, dtype=torch.bool)]
+    low, high = (float(others.min()), float(others.max())) if n > 1 else (0.0, 1.0)
+    # A range of its own, since all distances may be near 0.5; no narrower than what chance alone would spread.
+    middle, reach = (low + high) / 2, max((high - low) / 2, 0.02)
+    axis.imshow(
+        shown.masked_fill(torch.eye(n, dtype=torch.bool), float("nan")).numpy(), cmap="viridis", vmin=middle - reach, vmax=middle + reach
+    )
     if n <= 12:
         for i in range(n):
             for j in range(n):
-                axis.text(
-                    j,
-                    i,
-                    f"{values[i, j]:.2f}",
-                    ha="center",
-                    va="center",
-                    color="white" if values[i, j] < 0.6 * top else "black",
-                    fontsize=8,
-                )
-        axis.set(xticks=range(n), yticks=range(n))
-    axis.set(title="mask distance between agents\n(0 same, 0.5 independent)", xlabel="agent", ylabel="agent")
+                if i != j:
+                    dark = float(shown[i, j]) < middle + 0.2 * reach
+                    axis.text(j, i, f"{shown[i, j]:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+        axis.set(xticks=range(n), yticks=range(n), xticklabels=order, yticklabels=order)
+    else:
+        axis.set(xticks=[], yticks=[])
+    axis.set(title="mask distance between agents\n(0 same, 0.5 independent)", xlabel="agent, beside the nearest one left", ylabel="agent")
 
 
 def plot_curve(points: Sequence[tuple[int, float]], path: Path, title: str, levels: dict[str, float] | None = None) -> None:
@@ -173,7 +204,7 @@ def plot_curve(points: Sequence[tuple[int, float]], path: Path, title: str, leve
     """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.2), constrained_layout=True)
-    axis.plot([s for s, _ in points], [r for _, r in points], color="#4c72b0", linewidth=2, label="evaluation, deployed masks")
+    axis.plot([s for s, _ in points], [r for _, r in points], color="#0072B2", linewidth=2, label="evaluation, deployed masks")
     for name, value in (levels or {}).items():
         axis.axhline(value, color="#888888", linestyle="--", linewidth=1, label=name)
     axis.set(xlabel="environment steps", ylabel="return (sum over agents and steps)", title=title)

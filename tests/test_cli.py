@@ -228,13 +228,24 @@ def test_a_second_signal_stops_at_once(capfd):
 
 
 def test_an_episode_can_be_drawn(tmp_path, capsys):
+    from PIL import Image
+
     pytest.importorskip("vmas")
     options = ["--steps", "100", "--envs", "2", "--hidden", "8", "--device", "cpu", "--batch-size", "2", "--buffer-size", "8"]
     assert main(["train", "mpe/simple_spread", *options, "--out", str(tmp_path / "run")]) == 0
     gif = tmp_path / "episode.gif"
     assert main(["eval", str(tmp_path / "run"), "--episodes", "2", "--gif", str(gif)]) == 0
-    assert gif.read_bytes().startswith(b"GIF89a")
     assert f"episode drawn in {gif}\n" in capsys.readouterr().out
+    with Image.open(gif) as film:
+        assert film.format == "GIF" and film.n_frames == 25
+        shown = []
+        for frame in range(25):
+            film.seek(frame)
+            shown.append(film.info["duration"])
+    assert shown == [700, *[100] * 23, 1500]
+    other = tmp_path / "other.gif"
+    assert main(["eval", str(tmp_path / "run"), "--episodes", "2", "--seed", "2", "--gif", str(other)]) == 0
+    assert other.read_bytes() != gif.read_bytes()
 
 
 # --- help and lists ------------------------------------------------------------------------------------------------------------

@@ -338,7 +338,8 @@ def test_pictures_show_agents_where_they_are():
     assert picture.shape == (320, 320, 3) and picture.dtype == torch.uint8
     # The view spans 1.2 each way; y points up, rows point down.
     column, row = int((1.2 + 0.6) / 2.4 * 320), int((1.2 - 0.6) / 2.4 * 320)
-    assert picture[row, column].tolist() == picture[320 - row, 320 - column].tolist() == [214, 38, 40]
+    # The agent in its colour, its place in a pale one: three parts of the colour and seven of white.
+    assert picture[row, column].tolist() == [214, 94, 0] and picture[320 - row, 320 - column].tolist() == [243, 207, 178]
     assert picture[row, 320 - column].tolist() == picture[160, 160].tolist() == [255, 255, 255]
 
 

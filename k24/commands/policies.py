@@ -78,9 +78,10 @@ def eval_command(arguments: list[str]) -> None:
     env = player.make_env(min(options.episodes, 64))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        found = summary(play(player.actor, env, options.episodes, EVAL_SEED + options.seed * 1000))
+        seed = EVAL_SEED + options.seed * 1000
+        found = summary(play(player.actor, env, options.episodes, seed))
     if options.gif is not None:
-        record_gif(player.actor, player.make_env(1), options.gif)
+        record_gif(player.actor, player.make_env(1), options.gif, seed)
         print(f"episode drawn in {options.gif}")
     low, high = found["return_ci95"]
     # Asked now, because auto may settle on a backend while it plays.

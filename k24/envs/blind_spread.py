@@ -21,9 +21,10 @@ from vmas.simulator.utils import ScenarioUtils
 
 from k24.errors import UsageError
 
+# Okabe and Ito's colours, which most colour-blind people can tell apart.
 _PALETTE = [
-    (0.84, 0.15, 0.16), (0.12, 0.47, 0.71), (0.17, 0.63, 0.17), (1.00, 0.50, 0.05),
-    (0.58, 0.40, 0.74), (0.55, 0.34, 0.29), (0.89, 0.47, 0.76), (0.50, 0.50, 0.50),
+    (0.84, 0.37, 0.00), (0.00, 0.45, 0.70), (0.00, 0.62, 0.45), (0.80, 0.47, 0.65),
+    (0.90, 0.62, 0.00), (0.34, 0.71, 0.91), (0.94, 0.89, 0.26), (0.30, 0.30, 0.30),
 ]  # fmt: skip
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _PAPER = 255
+# Each way; their mean is a pixel, so that edges are smooth.
+_SUBPIXELS = 3
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Mark:
         round: A circle where true, else a box.
         angle: Turn of a box, radians anticlockwise.
         outline: Whether to draw a dark edge, to tell agents from what lies about.
+        hollow: Whether it is a place and no body: pale, with an edge of its colour.
     """
 
     centre: tuple[float, float]
@@ -35,6 +38,7 @@ class Mark:
     round: bool = True
     angle: float = 0.0
     outline: bool = False
+    hollow: bool = False
 
 
 def draw(marks: Sequence[Mark], size: int = 320, least_span: float = 1.2) -> Tensor:
@@ -53,10 +57,11 @@ def draw(marks: Sequence[Mark], size: int = 320, least_span: float = 1.2) -> Ten
     reach = [max(abs(mark.centre[0]), abs(mark.centre[1])) + max(mark.half) for mark in marks if np.isfinite(mark.centre).all()]
     # A ball that was knocked out of the field must not shrink everything else to a dot.
     span = min(max([least_span, *reach]), 5 * least_span)
-    axis = (np.arange(size) + 0.5) / size * 2 * span - span
+    fine = size * _SUBPIXELS
+    axis = (np.arange(fine) + 0.5) / fine * 2 * span - span
     x, y = axis[None, :], -axis[:, None]
     pixel = 2 * span / size
-    image = np.full((size, size, 3), _PAPER, dtype=np.uint8)
+    image = np.full((fine, fine, 3), _PAPER, dtype=np.uint8)
     for mark in marks:
         dx, dy = x - mark.centre[0], y - mark.centre[1]
         # Something thinner than a pixel would fall between pixel centres.
@@ -67,7 +72,8 @@ def draw(marks: Sequence[Mark], size: int = 320, least_span: float = 1.2) -> Ten
             cos, sin = np.cos(mark.angle), np.sin(mark.angle)
             depth = np.minimum(half[0] - np.abs(cos * dx + sin * dy), half[1] - np.abs(cos * dy - sin * dx))
         colour = np.clip(np.asarray(mark.colour), 0, 1) * 255
-        image[depth >= 0] = colour.astype(np.uint8)
-        if mark.outline:
-            image[(depth >= 0) & (depth < 1.5 * pixel)] = (colour * 0.4).astype(np.uint8)
-    return torch.from_numpy(image)
+        fill, edge = (colour * 0.3 + _PAPER * 0.7, colour) if mark.hollow else (colour, colour * 0.4)
+        image[depth >= 0] = np.round(fill).astype(np.uint8)
+        if mark.outline or mark.hollow:
+            image[(depth >= 0) & (depth < 1.5 * pixel)] = np.round(edge).astype(np.uint8)
+    return torch.from_numpy(image).view(size, _SUBPIXELS, size, _SUBPIXELS, 3).float().mean((1, 3)).round().to(torch.uint8)

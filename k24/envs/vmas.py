@@ -291,7 +291,9 @@ class VmasEnv(TeamEnv):
             colour = entity.color[0] if isinstance(entity.color, Tensor) and entity.color.ndim > 1 else entity.color
             red, green, blue = (float(part) for part in colour[:3])
             turn = float(entity.state.rot[0, 0])
-            marks.append(Mark((x, y), half, (red, green, blue), hasattr(shape, "radius"), turn, outline=entity in world.agents))
+            circle, agent = hasattr(shape, "radius"), entity in world.agents
+            hollow = circle and not (agent or entity.collide or entity.movable)
+            marks.append(Mark((x, y), half, (red, green, blue), circle, turn, outline=agent, hollow=hollow))
         return draw(marks)
 
     def _act(self, actions: Tensor) -> None:

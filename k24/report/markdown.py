@@ -61,6 +61,19 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         lines.append("")
 
     several = len(summary["tasks"]) > 1
+    if several:
+        lines += [
+            "## Each task",
+            "",
+            "IQM with its interval.",
+            "",
+            _row(["method", *summary["tasks"]]),
+            _row(["---"] * (1 + len(summary["tasks"]))),
+        ]
+        for method in summary["together"]:
+            each = [(task["methods"][method]["iqm"], _digits(*task["range"])) for task in summary["tasks"].values()]
+            lines.append(_row([method, *(f"{iqm.value:.{digits}f} ({_interval(iqm, digits)})" for iqm, digits in each)]))
+        lines.append("")
     lines += ["## All tasks together" if several else "## Normalised", ""]
     known = [name for name, task in summary["tasks"].items() if task["random"] is not None]
     low = "what random play gets" if len(known) == len(summary["tasks"]) else "the worst run of all methods"
