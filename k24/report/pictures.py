@@ -104,10 +104,10 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
             points = {m: (methods[m][key], methods[m]["mean"].value) for m in order}
             front = sorted(point for point in points.values() if not any(_beats(other, point) for other in points.values()))
             axis.step(*zip(*front, strict=True), where="post", color="#bbbbbb", linewidth=1, zorder=0)
-            for method, (cost, value) in points.items():
+            for place, (method, (cost, value)) in enumerate(points.items()):
                 mean = methods[method]["mean"]
                 error = None if mean.low is None else [[max(value - mean.low, 0)], [max(mean.high - value, 0)]]
-                axis.errorbar(cost, value, error, fmt="o", color=colour[method], capsize=3, label=method)
+                axis.errorbar(cost, value, error, fmt="o", color=colour[method], capsize=3, label=method, zorder=3 - place / len(points))
             axis.set(xlabel=label.format(envs=summary["latency_envs"]), ylabel=LABELS[summary["metric"]] + SCORED[summary["score"]])
             axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds; grey: nothing is both cheaper and better", fontsize=10)
             axis.ticklabel_format(axis="x", style="plain")
