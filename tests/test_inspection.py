@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from k24.inspection import chain
@@ -21,6 +23,6 @@ def test_each_agent_has_one_place():
         distance = torch.rand(agents, agents)
         order = chain(distance)
         assert sorted(order) == list(range(agents)) and order[0] == 0
-        for here, there in zip(order, order[1:], strict=False):
+        for here, there in pairwise(order):
             left = set(range(agents)) - set(order[: order.index(there)])
             assert float(distance[here, there]) == min(float(distance[here, k]) for k in left)

@@ -18,7 +18,7 @@ from k24.report import report
 from k24.report.latency import latencies
 from k24.report.markdown import _digits
 from k24.report.pictures import _beats
-from k24.report.runs import make_grid, read_runs
+from k24.report.runs import by_number, make_grid, read_runs
 from k24.report.statistics import Estimate
 from k24.report.summary import _is_level, _verdict, marl_eval, values_of
 from k24.train import train
@@ -265,3 +265,9 @@ def test_what_is_better_and_what_is_at_least_level() -> None:
 
 def test_which_points_nothing_beats() -> None:
     assert _beats((1, 5), (2, 5)) and _beats((2, 6), (2, 5)) and not _beats((1, 4), (2, 5)) and not _beats((2, 5), (2, 5))
+
+
+def test_tasks_stand_in_the_order_of_their_numbers() -> None:
+    tasks = ["toy/a,n_agents=16", "toy/a,n_agents=2", "mpe/b", "toy/a", "toy/a,n_agents=2,n=10", "toy/a,n_agents=2,n=9"]
+    ordered = ["mpe/b", "toy/a", "toy/a,n_agents=2", "toy/a,n_agents=2,n=9", "toy/a,n_agents=2,n=10", "toy/a,n_agents=16"]
+    assert sorted(tasks, key=by_number) == ordered

@@ -164,7 +164,7 @@ def make_grid(runs: Sequence[RunRecord], unfinished: Sequence[Path] = (), partia
     if missing and not partial:
         more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(f"unequal grid: {missing[0]}{more}: finish the runs, or compare what all have with --partial")
-    tasks = sorted({task for _, task in kept})
+    tasks = sorted({task for _, task in kept}, key=by_number)
     if not tasks:
         raise UsageError(
             f"the methods {', '.join(methods)} have no run in common, on any task with any seed: give folders that belong together"
@@ -203,3 +203,8 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 def _named(method: str) -> list[str]:
     """Options that a method's folder names."""
     return [found[1].replace("-", "_") for item in method.split(",")[1:] if (found := re.match(r"([\w.-]+)=", item))]
+
+
+def by_number(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts names with numbers as people do: 2 agents before 16."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)]
