@@ -172,13 +172,15 @@ def draw(rows: list[dict], path: Path, match: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from k24.report.pictures import COLOURS
+
     figure, axis = plt.subplots(figsize=(6.8, 4.4), constrained_layout=True)
     for k, scheme in enumerate(dict.fromkeys(row["sharing"] for row in rows)):
         mine = [row for row in rows if row["sharing"] == scheme]
         x, y = [row["agents"] for row in mine], [row["nmse"] for row in mine]
         low, high = ([f(row["nmse_by_seed"]) for row in mine] for f in (min, max))
         style = {"linewidth": 2.6, "marker": "o"} if scheme == "k24" else {"linewidth": 1.4, "marker": "."}
-        (line,) = axis.plot(x, y, label=scheme, color=f"C{k}", **style)  # type: ignore[arg-type]
+        (line,) = axis.plot(x, y, label=scheme, color=COLOURS[k % len(COLOURS)], **style)  # type: ignore[arg-type]
         axis.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     equal = {"width": "hidden units", "macs": "multiply-adds", "bytes": "deployed bytes"}[match]
     axis.set(
@@ -187,7 +189,7 @@ def draw(rows: list[dict], path: Path, match: str) -> None:
     axis.set_xticks(sorted({row["agents"] for row in rows}), [str(n) for n in sorted({row["agents"] for row in rows})])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

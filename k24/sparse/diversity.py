@@ -41,7 +41,8 @@ def pattern_orthogonality(pis: Sequence[Tensor]) -> Tensor:
     """Mean over groups, layers and pairs of slots of ``pi_i · pi_j``.
 
     1 when all slots are sure of the same patterns, 1/P when all are uniform or independent of each other, 0 when all
-    are sure of different ones. With more slots than patterns 0 cannot be reached; the least is ``(A/P - 1) / (A - 1)``.
+    are sure of different ones. With more slots than patterns 0 cannot be reached; it is at least
+    ``(A/P - 1) / (A - 1)``, and that where P divides A.
 
     Args:
         pis: One ``[P, A, O, G]`` per layer, A at least 2.
