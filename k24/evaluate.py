@@ -334,9 +334,11 @@ def open_policy(
             )
         wanted, found = ((s.n_agents, s.obs_dim, s.n_actions) for s in (spec, env.spec))
         if wanted != found:
+            remedy = f"give the arguments it was trained with, as in --env-args n_agents={spec.n_agents}"
+            if config.task != spec.task:
+                remedy = "a policy plays what has the sizes of its own task"
             raise UsageError(
-                f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, which has {found} here: give the arguments "
-                f"it was trained with, as in --env-args n_agents={spec.n_agents}"
+                f"{path} is for {spec.task} with (agents, observation, actions) = {wanted}, and {config.task} has {found} here: {remedy}"
             )
         if isinstance(spec.slots, tuple) and spec.slots != env.spec.unit_types:
             raise UsageError(

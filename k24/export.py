@@ -38,6 +38,8 @@ class Exported:
         dense_bytes: Size of one dense network of the same layers and type, weights and biases alone.
         agents: Agents in the file.
         dtype: Type of its weights, a key of :data:`DTYPES`.
+        steps: Environment steps that it was trained for.
+        planned: Those of the whole run; while ``steps`` are fewer, masks may still change.
         onnx: The ONNX file, if one was asked for.
     """
 
@@ -46,6 +48,8 @@ class Exported:
     dense_bytes: int
     agents: int
     dtype: str
+    steps: int
+    planned: int
     onnx: Path | None = None
 
 
@@ -122,7 +126,7 @@ def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None =
             graph = onnx_model(net, spec.agent_id, about, spec.action).SerializeToString()
             write_atomically(files.enter_context(_whole(onnx)), graph)
     dense = sum(layer.weight[0].numel() * layer.weight.element_size() + 4 * layer.out_features for layer in typed.linears)
-    return Exported(out, out.stat().st_size, dense, spec.n_agents, dtype, onnx)
+    return Exported(out, out.stat().st_size, dense, spec.n_agents, dtype, run.steps, run.config.steps, onnx)
 
 
 def _check_name(path: Path, suffix: str, option: str) -> None:

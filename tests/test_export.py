@@ -150,6 +150,8 @@ def test_export_prints_what_it_wrote(finished, tmp_path, capsys):
         "bytes": out.stat().st_size,
         "dense_bytes": dense,
         "agents": 2,
+        "steps": 320,
+        "planned": 320,
         "dtype": "fp32",
         "onnx": None,
     }
@@ -302,7 +304,7 @@ def test_a_file_can_be_played_by_draws(tmp_path):
         ("discrete", 1, "toy/reach", "gives discrete actions (a discrete policy), and toy/reach takes continuous ones here"),
         ("categorical", 1, "toy/reach", "gives discrete actions (a categorical policy), and toy/reach takes continuous ones here"),
         ("gaussian", 2, "toy/specialisation", "gives continuous actions (a gaussian policy), and toy/specialisation takes discrete"),
-        ("gaussian", 2, "toy/reach", "with (agents, observation, actions) = (2, 2, 2), which has (2, 2, 1) here"),
+        ("gaussian", 2, "toy/reach", "= (2, 2, 2), and toy/reach has (2, 2, 1) here: give the arguments it was trained with"),
     ],
 )
 def test_a_file_of_the_wrong_kind_of_action_is_refused(tmp_path, capfd, action, n_actions, task, message):
@@ -318,6 +320,24 @@ def test_a_backend_can_be_chosen(finished, tmp_path, capsys, backend):
     assert f"64 episodes, {backend})" in out
     assert main(["eval", str(finished), "--episodes", "64", "--device", "cpu"]) == 0
     assert last_json(out) == last_json(capsys.readouterr().out)
+
+
+def test_a_file_cannot_play_a_task_of_other_sizes(finished, tmp_path, capfd):
+    export_run(finished, tmp_path / "p.safetensors")
+    said = refused(capfd, "eval", str(tmp_path / "p.safetensors"), "--task", "toy/specialisation")
+    assert "is for toy/memory with" in said and said.endswith("here: a policy plays what has the sizes of its own task")
+
+
+def test_an_unfinished_policy_is_called_so(finished, tmp_path, capsys):
+    assert main(["export", str(finished), "--out", str(tmp_path / "p.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "unfinished" not in out and (last_json(out)["steps"], last_json(out)["planned"]) == (320, 320)
+    longer = tmp_path / "longer"
+    shutil.copytree(finished, longer)
+    config = longer / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace("steps: 320", "steps: 6400"), encoding="utf-8")
+    assert main(["export", str(longer), "--out", str(tmp_path / "p.safetensors")]) == 0
+    assert "trained for 320 of 6,400 steps: an unfinished policy" in capsys.readouterr().out
 
 
 def test_a_file_can_be_drawn(finished, tmp_path, capsys):

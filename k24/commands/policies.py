@@ -125,6 +125,8 @@ def export_command(arguments: list[str]) -> None:
     one, agents = done.dense_bytes, done.agents
     print(f"policy of {agents} agents in {done.policy}: {done.bytes:,} bytes, weights in {done.dtype}")
     print(f"{done.bytes / one:.2f} of one dense network ({one:,} bytes), {done.bytes / one / agents:.2f} of {agents} ({one * agents:,})")
+    if done.steps < done.planned:
+        print(f"trained for {done.steps:,} of {done.planned:,} steps: an unfinished policy")
     if done.onnx is not None:
         print(f"ONNX, float32 with masks multiplied in: {done.onnx}, {done.onnx.stat().st_size:,} bytes")
     print(json.dumps(asdict(done), default=str))
