@@ -219,7 +219,7 @@ def test_picture_shows_both_sides_and_not_the_dead():
 
     def spots(colour):
         """Where a colour is, ``[pixels, 2]``."""
-        shade = torch.tensor([int(255 * part) for part in colour], dtype=torch.uint8)
+        shade = torch.tensor([round(255 * part) for part in colour], dtype=torch.uint8)
         return (env.render() == shade).all(dim=-1).nonzero()
 
     seen = env.reset(0)

@@ -331,7 +331,7 @@ def test_a_file_cannot_play_a_task_of_other_sizes(finished, tmp_path, capfd):
 def test_an_unfinished_policy_is_called_so(finished, tmp_path, capsys):
     assert main(["export", str(finished), "--out", str(tmp_path / "p.safetensors")]) == 0
     out = capsys.readouterr().out
-    assert "unfinished" not in out and (last_json(out)["steps"], last_json(out)["planned"]) == (320, 320)
+    assert "unfinished policy" not in out and (last_json(out)["steps"], last_json(out)["planned"]) == (320, 320)
     longer = tmp_path / "longer"
     shutil.copytree(finished, longer)
     config = longer / "config.yaml"
@@ -399,7 +399,7 @@ print(sorted(name for name in sys.modules if name.startswith("k24.")))
         ("eval GOOD.safetensors --env-args n_cue=3", "unknown option of toy/memory 'n_cue': did you mean 'n_cues'?"),
         (
             "eval GOOD.safetensors --env-args n_cues=4",
-            "GOOD.safetensors is for toy/memory with (agents, observation, actions) = (2, 3, 2), which has (2, 5, 4) here: give the",
+            "GOOD.safetensors is for toy/memory with (agents, observation, actions) = (2, 3, 2), and toy/memory has (2, 5, 4) here: give",
         ),
         ("eval OTHER.safetensors", "OTHER.safetensors was trained on 'some/game', which is none of k24's own tasks"),
         ("inspect nothing.safetensors", "policy file 'nothing.safetensors' cannot be read (No such file or directory)"),
