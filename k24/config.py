@@ -16,7 +16,7 @@ import yaml
 
 from k24.errors import UsageError, unknown_name
 from k24.learners import LEARNERS, LearnerConfig
-from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, SePSConfig, SharingConfig, SNPConfig
+from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, SePSConfig, SharingConfig, SNPConfig, why_idle
 from k24.sparse.patterns import PatternSet
 
 MAX_HIDDEN = 16_384
@@ -294,6 +294,20 @@ def for_algo(config: TrainConfig, algo: str) -> TrainConfig:
     return changed
 
 
+def why_ignored(config: TrainConfig, option: str) -> str | None:
+    """Why an option of ``k24 train`` changes nothing in a run, and what to do instead; None where it counts.
+
+    Args:
+        config: Of the run.
+        option: Its name with underscores, e.g. ``div_coef`` or ``kaleidoscope.div_coef``.
+    """
+    part, _, setting = option.rpartition(".")
+    if (part or "masks") not in _names(SharingConfig) or setting not in _names(type(getattr(config, part or "masks"))):
+        return None
+    schemes = [config.sharing, *([config.critic_sharing] if config.critic_sharing not in ("auto", config.sharing) else [])]
+    return why_idle(part or "masks", setting, schemes, config.sharing_config)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain values that YAML can hold."""
     plain = {}
@@ -325,9 +339,24 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     taken = {}
     for name, value in values.items():
         if name not in hints:
-            raise UsageError(f"{where}: {unknown_name('setting', str(name), hints)}")
+            raise UsageError(f"{where}: {_misplaced(str(name), cls, hints) or unknown_name('setting', str(name), hints)}")
         taken[name] = _read(value, hints[name], f"{where}: {name}")
     return cls(**taken)
+
+
+def _misplaced(name: str, cls: type, hints: dict[str, Any]) -> str | None:
+    """What to do about a setting that exists, but elsewhere."""
+    parts = [part for part, hint in hints.items() if dataclasses.is_dataclass(hint) and name in _names(hint)]
+    if parts and cls is TrainConfig:
+        return f"setting {name!r} belongs in {' or '.join(parts)}: write '{parts[0]}: {{{name}: …}}'"
+    algos = [algo for algo, learner in LEARNERS.items() if name in _names(learner.settings)]
+    if algos and any(cls is learner.settings for learner in LEARNERS.values()):
+        return f"setting {name!r} is of {', '.join(algos)}: leave it out, or change algo"
+    return None
+
+
+def _names(cls: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
 
 
 def _read(value: Any, hint: Any, where: str) -> Any:

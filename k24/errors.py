@@ -39,17 +39,21 @@ class PolicyFileError(UsageError):
     """A policy file that is missing, damaged, of a newer version, or of another kind."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, name: str, known: Iterable[str], listed: str | None = None) -> UsageError:
     """Builds the error for a name that is not in a table, with the nearest known one.
 
     Args:
         kind: What the name stands for, e.g. ``"sharing scheme"``.
         name: The name that was given.
         known: The names that exist.
+        listed: Where they are listed, said instead of them when there are too many for a line.
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}" if known else "there are none"
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    else:
+        hint = listed or (f"known: {', '.join(known)}" if known else "there are none")
     return UsageError(f"unknown {kind} {name!r}: {hint}")
 
 

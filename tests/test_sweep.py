@@ -143,8 +143,22 @@ def test_folders_tell_how_far_a_run_is(tmp_path):
             "--tasks toy/matrix --sharing k24:hiden=8",
             "toy/matrix qmix-k24,hiden=8: Unrecognized options: --hiden, 8 (did you mean --hidden?)",
         ),
-        ("--tasks toy/matrix --sharing k24:hidden=x", "toy/matrix qmix-k24,hidden=x: --hidden: invalid literal for int()"),
+        (
+            "--tasks toy/matrix --sharing k24:hidden=x",
+            "toy/matrix qmix-k24,hidden=x: --hidden: wants a whole number such as 10",
+        ),
         ("--tasks toy/matrix --sharing k24:clip=1", "toy/matrix qmix-k24,clip=1: --clip is no option of qmix, but of ippo, mappo"),
+        (
+            "--tasks toy/matrix --sharing kaleidoscope:div_coef=5",
+            "toy/matrix qmix-kaleidoscope,div_coef=5: div_coef would change nothing: it is a setting of k24, k24_random, k24_shared, "
+            "k24_magnitude, and the sharing here is kaleidoscope: use --kaleidoscope.div-coef",
+        ),
+        (
+            "--tasks toy/matrix --sharing k24_random:alpha_lr_scale=5",
+            "toy/matrix qmix-k24_random,alpha_lr_scale=5: alpha_lr_scale would change nothing: the masks are drawn once and never learn",
+        ),
+        ("--tasks toy/matrix --sharing k24:snp.ratio=0.5", "toy/matrix qmix-k24,snp.ratio=0.5: snp.ratio would change nothing: it is a"),
+        ("--tasks toy/matrix --sharing snp:ratio=0.5", "toy/matrix qmix-snp,ratio=0.5: --ratio is an option of snp: write --snp.ratio"),
         ("--tasks toy/specialisation,n_agents", "task 'toy/specialisation,n_agents' is not of the form TASK or TASK,name=value"),
         (
             "--tasks toy/specialisation,n_agents=1",
@@ -165,6 +179,24 @@ def test_bad_input_is_one_line_and_starts_nothing(capfd, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert refused(capfd, "sweep", *arguments.split()).startswith(message)
     assert contents(tmp_path) == {}
+
+
+def test_the_learner_is_that_of_the_preset_and_what_changes_nothing_is_said_once(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = ["sweep", "--tasks", "mpe/simple_spread", "--seeds", "2", "--sharing", "k24", "fups_id", "kaleidoscope", "--dry-run"]
+    assert main([*asked, "--", "--preset", "mappo_mpe", "--div-coef", "0"]) == 0
+    *lines, _ = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("new ")] == [
+        "--div-coef changes nothing: it is a setting of k24, k24_random, k24_shared, k24_magnitude, and the sharing here is fups_id: "
+        "leave it out",
+        "--div-coef changes nothing: it is a setting of k24, k24_random, k24_shared, k24_magnitude, and the sharing here is kaleidoscope: "
+        "use --kaleidoscope.div-coef",
+    ]
+    assert sum("--algo mappo " in line for line in lines) == 6
+    assert main([*asked, "--algo", "qmix", "--", "--preset", "mappo_mpe"]) == 0
+    note, *lines, _ = capfd.readouterr().out.splitlines()
+    assert note == "the learner's settings in mappo_mpe are those of mappo: qmix starts from its own defaults"
+    assert sum("--algo qmix " in line for line in lines) == 6
 
 
 def test_without_ray_one_line_says_what_to_install(capfd, tmp_path, monkeypatch):

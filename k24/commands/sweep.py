@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from k24.commands.options import parse
+from k24.commands.options import parse, peek
 from k24.commands.train import Interrupted, read_request, stop_on_signal
 from k24.errors import RunError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from k24.config import TrainConfig
     from k24.sweep import Row, Status
 
 # Seeds of a sweep that says nothing of them.
@@ -39,7 +40,7 @@ class SweepOptions:
     sharing: tuple[str, ...] = ()
     """Methods, each as SCHEME or SCHEME:option=value,… with options of k24 train; k24, or those of the suite."""
     algo: tuple[str, ...] = ()
-    """Learners; qmix, or what the suite says."""
+    """Learners; qmix, or what the suite or the preset says."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Seeds 0 to N-1 of each; 5, or what the suite says."""
     suite: str | None = None
@@ -74,9 +75,19 @@ def sweep_command(arguments: list[str]) -> None:
     from k24.suites import SUITES
     from k24.sweep import plan, require_environments, require_ray, sweep
 
-    rows = _rows(options)
+    common = arguments[split + 1 :]
+    rows = _rows(options, common)
     methods = options.sharing or (SUITES[options.suite].methods if options.suite else ("k24",))
-    cells = plan(rows, methods, options.out, arguments[split + 1 :], lambda given: read_request(given).config)
+    notes: dict[str, None] = {}
+
+    def read(given: Sequence[str]) -> TrainConfig:
+        request = read_request(given)
+        notes.update(dict.fromkeys(request.notes))
+        return request.config
+
+    cells = plan(rows, methods, options.out, common, read)
+    for note in notes:
+        print(note)
     require_environments(cell for cell in cells if cell.state != "finished")
     if options.dry_run:
         word = {"new": "new", "unfinished": "resume", "finished": "skip"}
@@ -98,8 +109,8 @@ def sweep_command(arguments: list[str]) -> None:
     _report(found, time.monotonic() - start)
 
 
-def _rows(options: SweepOptions) -> list[Row]:
-    """Tasks and learners, from the options or from a suite."""
+def _rows(options: SweepOptions, common: Sequence[str]) -> list[Row]:
+    """Tasks and learners, from the options, from a suite, or from the preset or file that all runs share."""
     from k24.suites import SUITES
     from k24.sweep import Row
 
@@ -107,7 +118,7 @@ def _rows(options: SweepOptions) -> list[Row]:
         if not options.tasks:
             raise UsageError("no task given: name some with --tasks ('k24 tasks' lists them), or a --suite")
         seeds = options.seeds or SEEDS
-        return [Row(task, algo, seeds) for task in options.tasks for algo in options.algo or ("qmix",)]
+        return [Row(task, algo, seeds) for task in options.tasks for algo in options.algo or (_algo_of(common),)]
     if options.suite not in SUITES:
         raise unknown_name("suite", options.suite, SUITES)
     if options.algo:
@@ -121,6 +132,15 @@ def _rows(options: SweepOptions) -> list[Row]:
         for row in suite
         if not options.tasks or any(task in _names(row.task) for task in options.tasks)
     ]
+
+
+def _algo_of(common: Sequence[str]) -> str:
+    """The learner of the preset or file that all runs share; the default one where there is none."""
+    source = [item for flag in ("--preset", "--config") if (value := peek(common, flag)) is not None for item in (flag, value)]
+    try:
+        return str(read_request(source).config.algo)
+    except UsageError:
+        return "qmix"  # what is wrong is said once it is known of which run
 
 
 def _names(task: str) -> tuple[str, str]:

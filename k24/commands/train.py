@@ -76,7 +76,7 @@ def read_request(arguments: Sequence[str]) -> Request:
         HelpShown: They asked for help, which has been printed.
         UsageError: Something is wrong with them.
     """
-    from k24.config import PRESETS, TrainConfig, for_algo, load_config, preset
+    from k24.config import PRESETS, TrainConfig, for_algo, load_config, preset, why_ignored
     from k24.learners import LEARNERS
 
     given = list(arguments)
@@ -96,6 +96,7 @@ def read_request(arguments: Sequence[str]) -> Request:
         given[:1] = ["--task", given[0]]
     start = for_algo(base, peek(given, "--algo") or base.algo)
     refuse_options_of_others(start.algo, {algo: learner.settings for algo, learner in LEARNERS.items()}, given)
+    refuse_bare_options(start, given)
     text = (
         "Train a team. TASK comes first, as suite/name. Also: --out DIR (run folder), --resume (go on with the run there), "
         f"--config FILE (repeat a run), --preset NAME ({', '.join(PRESETS)}), --quiet (no progress bar). "
@@ -105,6 +106,10 @@ def read_request(arguments: Sequence[str]) -> Request:
     source, notes = config_file or preset_name, []
     if source is not None and type(config.learner) is not type(base.learner):
         notes.append(f"the learner's settings in {source} are those of {base.algo}: {config.algo} starts from its own defaults")
+    for option in dict.fromkeys(item.partition("=")[0].removeprefix("--") for item in given if item.startswith("--")):
+        reason = why_ignored(config, option.replace("-", "_").removeprefix("no_"))
+        if reason is not None:
+            notes.append(f"--{option} changes nothing: {reason}")
     return Request(config, Path(out) if out is not None else None, resume, quiet, notes)
 
 
@@ -126,6 +131,24 @@ def refuse_options_of_others(algo: str, settings: Mapping[str, type], given: Seq
         having = [known for known in names if name in names[known]]
         if flag.startswith("--") and having and algo not in having:
             raise UsageError(f"{flag} is no option of {algo}, but of {', '.join(having)}: leave it out, or change --algo")
+
+
+def refuse_bare_options(config: Any, given: Sequence[str]) -> None:
+    """Gives the full name of a baseline's option that was written without the baseline's; the parser would suggest any that looks alike.
+
+    Args:
+        config: A :class:`~k24.config.TrainConfig` with the options that there are.
+        given: Arguments.
+
+    Raises:
+        UsageError: There is such an option.
+    """
+    plain = {f.name for part in (config, config.masks, config.learner) for f in dataclasses.fields(part)}
+    for flag in (item.partition("=")[0] for item in given if item.startswith("--")):
+        name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+        for part in ("kaleidoscope", "snp", "hypermarl", "seps"):
+            if name not in plain and any(f.name == name for f in dataclasses.fields(getattr(config, part))):
+                raise UsageError(f"{flag} is an option of {part}: write --{part}.{name.replace('_', '-')}")
 
 
 def run_training(config: Any, folder: Path | None, resume: bool = False, quiet: bool = False) -> Any:

@@ -179,14 +179,15 @@ def _find(task: str) -> tuple[Suite, ModuleType]:
     if not slash:
         if ":" in task:
             return _OWN, importlib.import_module(_OWN.module)
-        raise unknown_name("task", task, [row.task for row in list_tasks()])
+        listed = "a task is suite/name, as 'k24 tasks' lists them, or package.module:factory of your own"
+        raise unknown_name("task", task, [row.task for row in list_tasks()], listed)
     if suite_name not in SUITES:
         raise unknown_name("environment suite", suite_name, SUITES)
     suite = SUITES[suite_name]
     module = importlib.import_module(suite.module)
     tasks = _tasks_of(suite_name, module)
     if task not in tasks and not (hasattr(module, "accepts") and module.accepts(task)):
-        raise unknown_name("task", task, tasks)
+        raise unknown_name("task", task, tasks, f"'k24 tasks {suite_name}' lists them")
     return suite, module
 
 

@@ -120,7 +120,7 @@ class TD3Learner(Learner):
 
     def _kind_of_policy(self) -> str:
         if not self.spec.continuous:
-            raise UsageError(f"{self.algo} learns continuous actions, and this task's are discrete: choose another task or learner")
+            raise UsageError(f"{self.algo} learns continuous actions, and this task's are discrete: use --algo qmix, mappo or another task")
         return "deterministic"
 
     def _build(self, hidden: int, agent_id: bool | None, critic_sharing: CriticSharing) -> None:

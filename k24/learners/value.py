@@ -121,7 +121,7 @@ class ValueLearner(Learner):
 
     def _kind_of_policy(self) -> str:
         if self.spec.continuous:
-            raise UsageError(f"{self.algo} chooses among discrete actions, and this task's are continuous: choose another task or learner")
+            raise UsageError(f"{self.algo} chooses among discrete actions, and this task's are continuous: use --algo mappo, ippo or matd3")
         return "discrete"
 
     def _build(self, hidden: int, agent_id: bool | None, critic_sharing: CriticSharing) -> None:

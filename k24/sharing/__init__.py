@@ -5,14 +5,14 @@ To add one: a file with a :class:`~k24.sharing.base.Sharing` subclass, and a lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 
 from k24.errors import UsageError, unknown_name
 from k24.sharing.base import Events, Experience, Sharing, SlotLayer
 from k24.sharing.dense import Dense, DenseLinear
 from k24.sharing.hypermarl import HyperMARL, HyperMARLConfig
-from k24.sharing.k24 import K24, K24Config
+from k24.sharing.k24 import K24, K24Config, Variant, idle_settings
 from k24.sharing.kaleidoscope import Kaleidoscope, KaleidoscopeConfig
 from k24.sharing.seps import SePS, SePSConfig
 from k24.sharing.snp import SNP, SNPConfig
@@ -49,6 +49,9 @@ SCHEMES: dict[str, Callable[[int, SharingConfig], Sharing]] = {
     "multihead": lambda n, c: Dense(n, "output"),
     "nops": lambda n, c: Dense(n, "everything"),
 }
+_VARIANTS: dict[str, Variant] = {"k24": "learned", "k24_random": "random", "k24_shared": "shared", "k24_magnitude": "magnitude"}
+# Which part of SharingConfig a scheme reads; those that are not named have no settings.
+_PARTS = {**dict.fromkeys(_VARIANTS, "masks"), **{name: name for name in ("kaleidoscope", "snp", "hypermarl", "seps")}}
 # Those that cannot make critics of an ensemble differ, and what they make of them.
 _NO_ENSEMBLE = {
     **dict.fromkeys(("fups", "fups_id", "k24_shared", "k24_magnitude"), "makes all critics one"),
@@ -70,6 +73,26 @@ def make_sharing(name: str, n_slots: int, config: SharingConfig | None = None) -
     if name not in SCHEMES:
         raise unknown_name("sharing scheme", name, SCHEMES)
     return SCHEMES[name](n_slots, config or SharingConfig())
+
+
+def why_idle(part: str, setting: str, schemes: Sequence[str], config: SharingConfig) -> str | None:
+    """Why a setting changes nothing in a run, and what to do instead; None where it counts.
+
+    Args:
+        part: Field of :class:`SharingConfig` that holds the setting.
+        setting: Its name there.
+        schemes: Keys of :data:`SCHEMES`, those that the run uses.
+        config: Settings of the run.
+    """
+    if all(_PARTS.get(scheme) != part for scheme in schemes):
+        of = ", ".join(scheme for scheme in SCHEMES if _PARTS.get(scheme) == part)
+        own = [p for p in map(_PARTS.get, schemes) if p and any(f.name == setting for f in fields(getattr(config, p)))]
+        remedy = "leave it out"
+        if own:
+            remedy = f"use --{setting if own[0] == 'masks' else f'{own[0]}.{setting}'}".replace("_", "-")
+        return f"it is a setting of {of}, and the sharing here is {' and '.join(schemes)}: {remedy}"
+    reasons = [idle_settings(config.masks, _VARIANTS[scheme]).get(setting) for scheme in schemes if scheme in _VARIANTS]
+    return f"{reasons[0]}: leave it out" if part == "masks" and all(reasons) else None
 
 
 def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemble: bool, config: SharingConfig | None = None) -> Sharing:
@@ -120,4 +143,5 @@ __all__ = [
     "dense_critics",
     "make_critic_sharing",
     "make_sharing",
+    "why_idle",
 ]

@@ -8,7 +8,7 @@ so that a comparison tells the masks apart from the sparsity.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -74,6 +74,37 @@ class K24Config(MaskConfig):
     def freeze_progress(self) -> float:
         """Share of training at which masks are fixed."""
         return self.anneal_end if self.freeze_at is None else self.freeze_at
+
+
+# Settings of how masks are chosen and learned, which fixed ones do without; what is left are those of the layers themselves.
+_LEARNED = frozenset(f.name for f in fields(K24Config)) - {"pattern", "mask_rnn", "init_gain"}
+_DIVERSITY = frozenset({"div_coef", "diversity", "deque_len"})
+_EMA = frozenset({"ema_momentum", "ema_norm", "ema_bias_correction"})
+
+
+def idle_settings(config: K24Config, variant: Variant) -> dict[str, str]:
+    """Settings that change nothing, each with the reason; of those only that are easily taken for a way to change something.
+
+    Args:
+        config: All of them.
+        variant: Of :class:`K24`.
+    """
+    found = {} if config.adaptive_reset else {"kl_threshold": "adaptive_reset is off"}
+    if config.logits != "sum":
+        found["normalise"] = f"logits is {config.logits}, and it normalises those of sum"
+    if config.forward != "gumbel":
+        found["temperature_on"] = f"forward is {config.forward}, and only gumbel adds noise that a temperature could divide"
+    if config.ema_every == 0:
+        found |= dict.fromkeys(_EMA, "ema_every is 0")
+    if config.div_coef == 0:
+        found |= dict.fromkeys(_DIVERSITY - {"div_coef"}, "div_coef is 0")
+    if variant in ("shared", "magnitude"):
+        found |= dict.fromkeys(_DIVERSITY, "one mask for all agents cannot differ from itself")
+    if variant == "magnitude":
+        found |= dict.fromkeys(_EMA | {"ema_every", "alpha_lr_scale", "hetero_init_scale"}, "masks follow the size of weights alone")
+    if variant == "random":
+        found |= dict.fromkeys(_LEARNED, "the masks are drawn once and never learn")
+    return found
 
 
 class K24(Sharing):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from k24.config import TrainConfig
+from k24.config import TrainConfig, why_ignored
 from k24.envs import EnvSpec
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner, pinned, resolve_device
@@ -172,6 +172,9 @@ def plan(
             config = read(arguments)
         except UsageError as error:
             raise UsageError(f"{row.task} {folder.name}: {error}") from error
+        for option, _ in method.options:
+            if (reason := why_ignored(config, option)) is not None:
+                raise UsageError(f"{row.task} {folder.name}: {option} would change nothing: {reason}")
         for seed in range(row.seeds):
             mine = folder / f"seed{seed}"
             if mine in found:
