@@ -74,6 +74,8 @@ class Walk(SingleEnv):
             won = True
         if late and self.fault in _REWARDS:
             reward = _REWARDS[self.fault]
+        if late and self.fault in _ENDS:
+            return Outcome(self.view(), reward, **_ENDS[self.fault])  # type: ignore[arg-type]
         if late and self.fault == "tuple":
             return (self.view(), reward, False, False)  # type: ignore[return-value]
         if late and self.fault == "exit":
@@ -125,6 +127,12 @@ class Walk(SingleEnv):
 
 
 _REWARDS = {"one reward": 1.0, "short reward": [1.0], "text": ["a", "b"], "nan reward": [0.0, np.nan]}
+_ENDS: dict[str, dict] = {
+    "ends apart": {"terminated": np.zeros(2, bool)},
+    "text as end": {"terminated": False, "truncated": "no"},
+    "share of an end": {"terminated": 0.5},
+    "numpy end": {"terminated": np.array(False), "truncated": np.int8(0)},
+}
 _VIEWS = {
     "few": lambda view: view._replace(obs=view.obs[:1]),
     "shrinks": lambda view: view._replace(obs=[view.obs[0], view.obs[1][:1]]),
@@ -296,6 +304,9 @@ def test_every_episode_of_every_copy_has_a_seed_of_its_own():
         ({"fault": "stuck", "give": ("avail",)}, r"expected at least one action available for agent 1, got none"),
         ({"fault": "alive shape", "give": ("alive",)}, r"expected alive of shape \[2\], got float64 \[2, 1\]"),
         ({"fault": "won once"}, r"expected won given always or never, got both"),
+        ({"fault": "ends apart"}, r"expected terminated to be True or False, one for the team, got bool \[2\]"),
+        ({"fault": "text as end"}, r"expected truncated to be True or False, one for the team, got str \[\]"),
+        ({"fault": "share of an end"}, r"expected terminated to be True or False, one for the team, got float \[\]"),
         ({"fault": "one reward"}, r"expected reward to be 2 numbers, one per agent, got float \[\]"),
         ({"fault": "short reward"}, r"expected reward to be 2 numbers, one per agent, got list \[1\]"),
         ({"fault": "text"}, r"expected reward to be 2 numbers, one per agent, got list \[2\]"),
@@ -309,6 +320,10 @@ def test_what_breaks_the_contract_is_named(kwargs, message):
     with pytest.raises(RunError, match=message) as caught:
         play(env, 0, 4)
     assert "\n" not in str(caught.value)
+
+
+def test_ends_may_be_numpys():
+    assert not any(step.terminated.any() or step.truncated.any() for step in play(walks(ends=100.0, fault="numpy end"), 0, 4)[1:])
 
 
 def test_pictures():

@@ -292,10 +292,10 @@ class Batch:
             outcome = self._envs[j].step(actions)
             if not isinstance(outcome, Outcome):
                 self._refuse("step", "an Outcome", type(outcome).__name__, j)
-            view, reward, terminated, truncated, won = outcome
-            terminated, truncated = bool(terminated), bool(truncated)
         except RAISED as error:
             self._fail("step", j, error)
+        view, reward, terminated, truncated, won = outcome
+        terminated, truncated = self._flag("terminated", terminated, j), self._flag("truncated", truncated, j)
         assert self._form is not None
         if (won is not None) is not self._form.won:
             if self._form.won is not None:
@@ -303,6 +303,14 @@ class Batch:
             self._form = self._form._replace(won=won is not None)
         self._clock[j] += 1
         return view, reward, terminated, truncated, won
+
+    def _flag(self, name: str, value: Any, j: int) -> bool:
+        """Whether the episode ended. An array with a value for each agent is none, nor is a text that holds "no"."""
+        if type(value) is not bool:
+            if np.shape(value) != () or np.asarray(value).dtype.kind not in "bui" or value not in (0, 1):
+                self._refuse("step", f"{name} to be True or False, one for the team", _kind(value), j)
+            value = bool(value)
+        return value
 
     def _put(self, method: str, frame: Frame, j: int, view: View) -> None:
         """Writes what copy ``j`` sees, if its shapes are right; ``_check`` does the rest."""
