@@ -163,12 +163,12 @@ def inspect_command(arguments: list[str]) -> None:
 
         net, spec, _ = read_policy(options.run)
         about: Any = spec
-        steps, found = spec.steps, inspect_net(net)
+        steps, found, counted = spec.steps, inspect_net(net), "in the file"
     else:
         from k24.evaluate import load_run
 
         run = load_run(options.run)
-        about, steps, found = run.config, run.steps, inspect_run(run)
+        about, steps, found, counted = run.config, run.steps, inspect_run(run), "trained"
     console = Console()
     title = f"{about.task}  {about.algo}-{about.sharing}  step {steps:,}"
     console.print(title)
@@ -190,9 +190,8 @@ def inspect_command(arguments: list[str]) -> None:
     console.print("mask distance between agents (0 same, 0.5 independent)")
     for row in found["distance"][:16]:
         console.print("  " + " ".join(f"{v:.2f}" for v in row[:16]))
-    console.print(
-        f"{found['params']:,} parameters, {found['macs_per_act']:,} multiply-adds per joint action, {found['bytes']:,} bytes to deploy"
-    )
+    console.print(f"parameters {counted}: {found['params']:,}")
+    console.print(f"deployed: {found['bytes']:,} bytes, {found['macs_per_act']:,} multiply-adds per joint action")
     if options.png is not None:
         plot_inspection(found, options.png, title)
         console.print(f"drawn in {options.png}")
