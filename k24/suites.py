@@ -47,10 +47,7 @@ _MAPPO = "--envs 32 --lr 7e-4 --critic-lr 7e-4"
 
 # Deterministic policies: a speaker that draws its words tells nothing at first, and a listener that has learned to ignore them goes on
 # so. By QMIX and MAPPO not even separate networks ever listened. 50 steps, because VMAS's agents hardly get anywhere in 25.
-_SPEAKER = (
-    "--steps 500000 --envs 16 --hidden 64 --batch-size 256 --lr 1e-3 --critic-lr 1e-3 --alpha-lr-scale 10 "
-    "--eval-every 50000 --eval-episodes 128"
-)
+_SPEAKER = "--steps 500000 --envs 16 --hidden 64 --batch-size 256 --lr 1e-3 --critic-lr 1e-3 --eval-every 50000 --eval-episodes 128"
 
 
 # What is learned of it, by QMIX slowly and by MAPPO soon: MAPPO hardly tells learned masks from random ones there, QMIX does.

@@ -85,10 +85,9 @@ def test_matd3_end_to_end(capfd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sharing", "asked", "count", "own"),
-    [("k24", None, 5, "k24"), ("k24", 3, 3, "k24"), ("nops", None, 2, "nops"), ("fups", None, 2, "nops")],
+    ("own", "asked", "count"), [("k24", None, 5), ("k24", 3, 3), ("nops", None, 2), ("kaleidoscope", None, 5), ("auto", None, 2)]
 )
-def test_critics_that_are_compared(monkeypatch, sharing: str, asked: int | None, count: int, own: str) -> None:
+def test_critics_that_are_compared(monkeypatch, own: str, asked: int | None, count: int) -> None:
     """Which learners race, how many updates a sample of each takes, and what becomes of the times."""
     made, updated = [], []
 
@@ -116,11 +115,11 @@ def test_critics_that_are_compared(monkeypatch, sharing: str, asked: int | None,
     monkeypatch.setattr(critics, "make", noted)
     monkeypatch.setattr(critics, "race_updates", raced)
     monkeypatch.setattr(TD3Learner, "update", update)
-    found = bench_train(critics.BenchTD3(sharing=sharing, critics=asked, obs=6, hidden=8, batch=10))
+    found = bench_train(critics.BenchTD3(critic_sharing=own, critics=asked, obs=6, hidden=8, batch=10))
     assert [learner.n_critics for _, learner in made[:4]] == [count, 1, count, 2]
     assert [settings.critic_rows for settings, _ in made[:4]] == ["split", "split", "all", "split"]
     kinds = [learner.critic.sharing for _, learner in made[:4]]
-    wanted = [type(make_sharing(name, 1)) for name in (own, "fups", own, "nops")]
+    wanted = [type(make_sharing(name, 1)) for name in (own.replace("auto", "nops"), "fups", own.replace("auto", "nops"), "nops")]
     assert [type(kind) for kind in kinds] == wanted and kinds[3].own and not kinds[1].own
     assert len({type(learner.sharing) for _, learner in made}) == 1  # one and the same policy
     assert found["over_one_critic"] == 2.0 and found["all_rows_over_one_critic"] == 2.75 and found["two_networks_over_one_critic"] == 1.5

@@ -88,9 +88,17 @@ def test_presets_of_mujoco_differ_by_what_kaleidoscope_adds():
     assert (plain.sharing, plain.learner.critics, kaleidoscope.sharing, kaleidoscope.learner.critics) == ("k24", None, "kaleidoscope", 5)
     assert kaleidoscope.kaleidoscope == KaleidoscopeConfig(div_coef=0.1, reset_interval=1_000_000, reset_ratio=0.5)
     learner = dataclasses.replace(kaleidoscope.learner, critics=None)
-    assert plain.masks == K24Config(alpha_lr_scale=10.0)
+    assert plain.masks == K24Config()
     changed = {"sharing": "k24", "learner": learner, "kaleidoscope": KaleidoscopeConfig(), "masks": plain.masks}
     assert dataclasses.replace(kaleidoscope, **changed) == plain
+
+
+def test_masks_learn_at_the_rate_that_suits_the_learner():
+    def scale(algo, masks):
+        return TrainConfig(algo=algo, masks=masks).sharing_config.masks.alpha_lr_scale
+
+    assert {algo: scale(algo, K24Config()) for algo in LEARNERS} == dict.fromkeys(LEARNERS) | {"matd3": 1.0}
+    assert scale("matd3", K24Config(alpha_lr_scale=7.0)) == 7.0
 
 
 def test_the_help_of_a_name_lists_what_there_is():
@@ -191,7 +199,7 @@ def test_env_args_are_read_as_what_they_look_like():
 # --- the scheme of critics -----------------------------------------------------------------------------------------------------
 
 LIKE_THE_POLICY = {scheme: scheme for scheme in SCHEMES}
-OWN_NETWORKS = dict.fromkeys(["fups", "fups_id", "k24_shared", "k24_magnitude", "seps"], "nops")
+ALIKE = ("fups", "fups_id", "k24_shared", "k24_magnitude", "seps")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ OWN_NETWORKS = dict.fromkeys(["fups", "fups_id", "k24_shared", "k24_magnitude", 
         (1, False, dict.fromkeys(SCHEMES, "fups")),  # MAPPO: one critic for all
         (1, True, dict.fromkeys(SCHEMES, "fups")),
         (3, False, LIKE_THE_POLICY),  # IPPO: one per agent
-        (3, True, LIKE_THE_POLICY | OWN_NETWORKS),  # MATD3: critics see the same, so one set of weights would be one critic
+        (3, True, dict.fromkeys(SCHEMES, "nops") | {"kaleidoscope": "kaleidoscope"}),  # MATD3, and the one that was published with others
     ],
 )
 def test_critics_follow_the_policy_as_far_as_that_makes_sense(n_slots, ensemble, expected):
@@ -211,7 +219,7 @@ def test_critics_follow_the_policy_as_far_as_that_makes_sense(n_slots, ensemble,
         found = make_critic_sharing(policy, "auto", n_slots, ensemble)
         assert described(found) == described(make_critic_sharing("nops", expected[policy], n_slots, ensemble)), policy
         for requested in SCHEMES:
-            if ensemble and n_slots > 1 and requested in OWN_NETWORKS:
+            if ensemble and n_slots > 1 and requested in ALIKE:  # they see the same, so one set of weights would be one critic
                 said = "puts agents together by what they do" if requested == "seps" else "makes all critics one"
                 with pytest.raises(UsageError, match=f"critic_sharing {requested} {said}"):
                     make_critic_sharing(policy, requested, n_slots, ensemble)
@@ -228,8 +236,11 @@ def test_a_run_that_would_never_learn_is_refused():
 def test_how_many_critics_an_ensemble_has():
     """Five where they are masks on one network, two where each is a network of its own or runs as one."""
     counts = {policy: make_critic_sharing(policy, "auto", None, True).n_slots for policy in SCHEMES}
-    assert counts == dict.fromkeys(SCHEMES, 2) | dict.fromkeys(["k24", "k24_random", "kaleidoscope", "snp"], 5)
-    assert make_critic_sharing("k24", "nops", None, True).n_slots == 2
+    assert counts == dict.fromkeys(SCHEMES, 2) | {"kaleidoscope": 5}
+    counts = {scheme: make_critic_sharing("fups", scheme, None, True).n_slots for scheme in SCHEMES if scheme not in ALIKE}
+    assert counts == dict.fromkeys(["k24", "k24_random", "kaleidoscope", "snp"], 5) | dict.fromkeys(
+        ["hypermarl", "multihead", "fups_bias", "nops"], 2
+    )
     assert make_critic_sharing("nops", "kaleidoscope", None, True).n_slots == 5
 
 

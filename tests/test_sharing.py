@@ -217,9 +217,10 @@ def test_one_shared_mask_is_the_same_for_all_and_learned() -> None:
     assert sharing.metrics()["mask_hamming"] == 0.0
 
 
-def test_alphas_learn_at_their_own_rate() -> None:
-    _, sharing = some_net("k24", SharingConfig(masks=K24Config(alpha_lr_scale=7.0)))
-    assert [(id(p), s) for p, s in sharing.trained_apart()] == [(id(layer.alpha), 7.0) for layer in sharing.masked]  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("given", "scale"), [(7.0, 7.0), (0.0, 0.0), (None, 60.0)])
+def test_alphas_learn_at_their_own_rate(given: float | None, scale: float) -> None:
+    _, sharing = some_net("k24", SharingConfig(masks=K24Config(alpha_lr_scale=given)))
+    assert [(id(p), s) for p, s in sharing.trained_apart()] == [(id(layer.alpha), scale) for layer in sharing.masked]  # type: ignore[attr-defined]
 
 
 def test_diversity_is_scaled_to_its_share_of_the_task_loss() -> None:

@@ -203,12 +203,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "ippo, continuous": REACH | {"algo": "ippo", "sharing": "kaleidoscope", "learner": FEED_FORWARD},
     "mappo, continuous": REACH | {"algo": "mappo", "learner": dataclasses.replace(PPO, normalise_values=False)},
     # A critic's masks are drawn anew in rounds 4, 7, 10 and 13; policy and critics freeze in round 16.
-    "matd3": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_reset_interval=50)},
+    "matd3": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_sharing="k24", critic_reset_interval=50)},
     "matd3, a network for each critic": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_sharing="nops")},
     "matd3, adaptive resets": REACH
     | {
         "algo": "matd3",
-        "learner": dataclasses.replace(TD3, critic_rows="all", critics=3, layer_norm=False, policy_delay=1),
+        "learner": dataclasses.replace(TD3, critic_sharing="k24", critic_rows="all", critics=3, layer_norm=False, policy_delay=1),
         "masks": {"forward": "gumbel", "adaptive_reset": True, "kl_threshold": 1e-9, "reset_interval": 7, "reset_ratio": 0.5},
     },
 }

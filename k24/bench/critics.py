@@ -40,6 +40,8 @@ class BenchTD3(BenchTrain):
     hidden: int = 256
     batch: int = 1000
     """Transitions per update."""
+    critic_sharing: str = "k24"
+    """Sharing scheme of the critics."""
     critics: int | None = None
     """Critics of the ensemble; when not given, 5 as masks on one network, 2 as networks of their own."""
     task: str = ""
@@ -69,7 +71,7 @@ def bench_critics(options: BenchTD3, on_row: OnRow | None = None) -> dict[str, A
         UsageError: Sizes do not fit together, or the task is not for MATD3.
     """
     spec = EnvSpec(options.agents, options.obs, options.state, options.actions, 1000, continuous=True)
-    ours = TD3Config(batch_size=options.batch, critics=options.critics)
+    ours = TD3Config(batch_size=options.batch, critics=options.critics, critic_sharing=options.critic_sharing)
     two_networks = replace(ours, critics=2, critic_sharing="nops")
     variants = {
         "update_ms": ours,

@@ -64,7 +64,7 @@ class TD3Config:
     critics: int | None = None
     """Critics in the ensemble; 5 where they are masks on one network, 2 where each is a network of its own, when not given."""
     critic_sharing: str = "auto"
-    """Sharing scheme of the critics, one slot each; auto for that of the policy where it can make them differ, else nops."""
+    """Sharing scheme of the critics, one slot each; auto for nops, separate networks, and for kaleidoscope where the policy's is that."""
     critic_rows: Literal["split", "all"] = "split"
     """Whether a gradient step trains each critic on its part of the batch or on all of it."""
     critic_reset_interval: int = 800_000

@@ -100,9 +100,9 @@ def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemb
 
     Its slots are agents where each agent has a critic of its own (IPPO), and critics where an ensemble of them judges the same joint
     action (MATD3). One critic that serves all (MAPPO) has one slot: it is not deployed, so masks would make it worse and nothing cheaper.
-    ``auto`` follows the policy's scheme as far as that makes sense: agents are told apart by what they see, and critics of an ensemble
-    see the same, so that a scheme that has one set of weights for all slots would make them one critic, and one that compares what
-    slots do would find nothing. They are networks of their own then.
+    ``auto`` follows the policy's scheme where agents have a critic each. In an ensemble it gives networks of their own, as TD3 has them,
+    whatever the policy's scheme: critics are not deployed, and policies learned later or never from critics that were masks of one
+    network (docs/results.md). Kaleidoscope's are masks, because they are part of what was published.
 
     Args:
         policy: The policy's scheme, a key of :data:`SCHEMES`.
@@ -115,7 +115,7 @@ def make_critic_sharing(policy: str, requested: str, n_slots: int | None, ensemb
         UsageError: There is no such scheme, or it can't make critics of an ensemble differ.
     """
     if requested == "auto":
-        requested = "fups" if n_slots == 1 else "nops" if ensemble and policy in _NO_ENSEMBLE else policy
+        requested = "fups" if n_slots == 1 else "nops" if ensemble and policy != "kaleidoscope" else policy
     if ensemble and requested in _NO_ENSEMBLE and n_slots != 1:
         raise UsageError(f"critic_sharing {requested} {_NO_ENSEMBLE[requested]}: use nops or a masked scheme, or set critics to 1")
     return make_sharing(requested, make_sharing(requested, 1, config).critics if n_slots is None else n_slots, config)

@@ -25,6 +25,8 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
+# Of alpha's learning rate, where nothing is said: docs/lab-notes.md has what others gave.
+ALPHA_LR_SCALE = 60.0
 Variant = Literal["learned", "random", "shared", "magnitude"]
 
 
@@ -32,8 +34,8 @@ Variant = Literal["learned", "random", "shared", "magnitude"]
 class K24Config(MaskConfig):
     """Settings of K-2:4 masks and of their training."""
 
-    alpha_lr_scale: float = 60.0
-    """Learning rate of alpha, as a multiple of the learner's: the setting that decides whether masks are learned at all."""
+    alpha_lr_scale: float | None = None
+    """Learning rate of alpha, as a multiple of the learner's, which decides whether masks are learned; 60 when not given, MATD3: 1."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
@@ -56,7 +58,7 @@ class K24Config(MaskConfig):
     def __post_init__(self) -> None:
         """Checks each value."""
         super().__post_init__()
-        if not self.alpha_lr_scale >= 0:
+        if self.alpha_lr_scale is not None and not self.alpha_lr_scale >= 0:
             raise UsageError(f"alpha_lr_scale {self.alpha_lr_scale} must not be negative")
         if not self.div_coef >= 0 or self.deque_len < 1:
             raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
@@ -208,7 +210,8 @@ class K24(Sharing):
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
         """Every alpha that still learns."""
-        return [(layer.alpha, self.config.alpha_lr_scale) for layer in self.masked if layer.alpha.requires_grad]
+        scale = ALPHA_LR_SCALE if self.config.alpha_lr_scale is None else self.config.alpha_lr_scale
+        return [(layer.alpha, scale) for layer in self.masked if layer.alpha.requires_grad]
 
     def retired(self) -> list[nn.Parameter]:
         """Every alpha, once masks are frozen."""
