@@ -25,8 +25,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from k24.export import linear_of
+from k24.inspection import deployed_bytes
 from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, Sharing, SharingConfig, SNPConfig, make_sharing
-from k24.sparse import MaskedLinear, apply_slots
+from k24.sparse import apply_slots
 from k24.sparse.metrics import mask_distance, off_diagonal
 
 INPUTS, TEACHER_HIDDEN, OUTPUTS, ROWS = 16, 32, 8, 256
@@ -100,18 +102,11 @@ def teachers(agents: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def cost(student: Student, agents: int) -> dict[str, float]:
-    """Multiply-adds of one agent's pass, and bytes that a deployment needs: values that differ between agents, and codes of masks."""
-    macs = size = 0.0
-    for layer in student.layers:
-        made = layer.materialise("deploy")
-        macs += float((made.weight != 0).sum()) / len(made.weight)
-        if isinstance(layer, MaskedLinear):
-            size += 4 * layer.weight.numel() + layer.codes.numel() * layer.patterns.code_bits / 8
-        else:
-            size += 4 * made.weight.numel()
-        size += 4 * made.bias.numel()
-    return {"macs": macs, "bytes": size}
+def cost(student: Student) -> dict[str, float]:
+    """Multiply-adds of one agent's pass, and bytes that a deployment needs, as ``k24 inspect`` counts them."""
+    made = [layer.materialise("deploy").weight for layer in student.layers]
+    macs = sum(float((weight != 0).sum()) / len(weight) for weight in made)
+    return {"macs": macs, "bytes": deployed_bytes(linear_of(layer) for layer in student.layers)}
 
 
 def matched(options: Options, scheme: str, agents: int) -> int:
@@ -120,7 +115,7 @@ def matched(options: Options, scheme: str, agents: int) -> int:
         return options.hidden
 
     def costs(name: str, hidden: int) -> float:
-        return cost(Student(hidden, make_sharing(name, agents, options.schemes)), agents)[options.match]
+        return cost(Student(hidden, make_sharing(name, agents, options.schemes)))[options.match]
 
     target = costs("k24", options.hidden)
     return min(range(4, 4 * options.hidden + 1, 4), key=lambda hidden: abs(costs(scheme, hidden) - target))
@@ -162,7 +157,7 @@ def run(options: Options, scheme: str, agents: int, hidden: int, seed: int) -> d
         nmse = float(F.mse_loss(out, y) / y.var())
         kept = [(w.weight != 0).float().expand(agents, -1, -1) for w in weights]
         distance = float(off_diagonal(mask_distance(kept)).mean())
-    return {"nmse": nmse, "mask_hamming": distance, **cost(student, agents)}
+    return {"nmse": nmse, "mask_hamming": distance, **cost(student)}
 
 
 def draw(rows: list[dict], path: Path, match: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from k24.errors import UsageError, unknown_name
 from k24.evaluate import load_run
@@ -54,6 +55,24 @@ class Exported:
 
 
 @torch.no_grad()
+def linear_of(layer: nn.Module, relu: bool = False) -> Linear:
+    """A layer that is deployed: a mask at its most likely pattern, or the weights of each slot.
+
+    Args:
+        layer: A layer of any sharing scheme, frozen or not.
+        relu: Whether a ReLU follows.
+
+    Returns:
+        It as kernels take it, sharing no memory with it.
+    """
+    if isinstance(layer, MaskedLinear):
+        bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+        return Linear(layer.weight.clone()[None], bias.clone()[None], layer.best_codes().clone(), layer.patterns, relu)
+    made: SlotWeights = layer.materialise("deploy")  # type: ignore[operator]
+    return Linear(made.weight.clone(), made.bias.clone(), relu=relu)
+
+
+@torch.no_grad()
 def net_of(agent_net: AgentNet) -> Net:
     """The net that is deployed: every mask at its most likely pattern.
 
@@ -63,18 +82,15 @@ def net_of(agent_net: AgentNet) -> Net:
     Returns:
         Its layers as kernels take them, sharing no memory with it.
     """
-
-    def linear(name: str, relu: bool = False) -> Linear:
-        layer = agent_net.layers[name]
-        if isinstance(layer, MaskedLinear):
-            bias = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-            return Linear(layer.weight.clone()[None], bias.clone()[None], layer.best_codes().clone(), layer.patterns, relu)
-        made: SlotWeights = layer.materialise("deploy")  # type: ignore[operator]
-        return Linear(made.weight.clone(), made.bias.clone(), relu=relu)
-
     assert not agent_net.layer_norm, "a Net has no layer norm; critics have, and are not exported"
     names = [name for name in agent_net.layers if name != "gru_recurrent"]
-    blocks = [GRU(linear(name), linear("gru_recurrent")) if name == "gru_input" else linear(name, relu=name != names[-1]) for name in names]
+    layers = agent_net.layers
+    blocks = [
+        GRU(linear_of(layers[name]), linear_of(layers["gru_recurrent"]))
+        if name == "gru_input"
+        else linear_of(layers[name], relu=name != names[-1])
+        for name in names
+    ]
     return Net(tuple(blocks), agent_net.n_slots)
 
 

@@ -5,7 +5,7 @@ A policy is looked at where nothing of the training stack is installed, so what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from k24.evaluate import Run
 
 
-def deployed_bytes(net: Net) -> int:
-    """Bytes that a deployment needs.
+def deployed_bytes(layers: Iterable[Linear]) -> int:
+    """Bytes that a deployment of some layers needs.
 
     A masked layer: the shared weight once and one packed code per group and slot. Any other: what is stored of it, see :func:`_stored`. A
     policy file holds as much, but where slots have the same weights, or lack some of them: there it has a copy for each.
     """
     total = 0
-    for layer in net.linears:
+    for layer in layers:
         (weights, bits), (biases, more_bits) = _stored(layer.weight), _stored(layer.bias)
         total += weights * layer.weight.element_size() + 4 * biases
         bits += more_bits if layer.codes is None else layer.codes.numel() * layer.patterns.code_bits
@@ -84,7 +84,7 @@ def inspect_net(net: Net) -> dict[str, Any]:
         "mask_hamming": float(off_diagonal(distance).mean()),
         "params": sum(_stored(layer.weight)[0] + _stored(layer.bias)[0] for layer in net.linears),
         "macs_per_act": sum(int(mask.sum(dtype=torch.float64)) for mask in everyones),
-        "bytes": deployed_bytes(net),
+        "bytes": deployed_bytes(net.linears),
         "layers": {name: 1 - float(mask.mean()) for name, mask in zip(layer_names(net), masks, strict=True)},
         "distance": distance.tolist(),
         "pattern_usage": None,
