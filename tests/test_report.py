@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_train import BASE
 
@@ -16,11 +17,11 @@ from k24.errors import UsageError
 from k24.learners import PPOConfig
 from k24.report import report
 from k24.report.latency import latencies
-from k24.report.markdown import _digits
+from k24.report.markdown import _below, _digits
 from k24.report.pictures import _beats
 from k24.report.runs import by_number, make_grid, read_runs
 from k24.report.statistics import Estimate
-from k24.report.summary import _is_level, _verdict, marl_eval, values_of
+from k24.report.summary import _is_level, _verdict, marl_eval, normalised, summarise, values_of
 from k24.train import train
 
 
@@ -31,7 +32,7 @@ def write_run(root: Path, method: str, seed: int, value: float, task: str = "toy
     folder = root / task / method / f"seed{seed}"
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
-    lines = [json.dumps({"steps": step, "return_eval": value * step / 100, "snd": 0.5}) for step in (50, 100)]
+    lines = [json.dumps({"steps": step, "return_eval": value * step / 320, "snd": 0.5}) for step in (160, 320)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if not unfinished:
         found = {"return_mean": value, "return_ci95": [value, value], "episodes": 32, "steps": 100, "task": task}
@@ -59,14 +60,22 @@ def test_runs_are_put_side_by_side(four: Path) -> None:
     grid = make_grid(runs)
     assert (grid.methods, grid.tasks) == (["fups_id", "k24"], ["toy/memory", "toy/specialisation,n_agents=4"])
     assert [run.evaluation["return_mean"] for run in grid.runs["k24", "toy/memory"]] == [3.0, 4.0]
-    assert grid.runs["k24", "toy/memory"][1].curve("return_eval") == [(50, 2.0), (100, 4.0)]
+    assert grid.runs["k24", "toy/memory"][1].curve("return_eval") == [(160, 2.0), (320, 4.0)]
     assert grid.left_out == []
     found = marl_eval(grid)["toy"]["memory"]["k24"]
     assert found["run_1"] == {
-        "step_0": {"step_count": 50, "return": [2.0]},
-        "step_1": {"step_count": 100, "return": [4.0]},
+        "step_0": {"step_count": 160, "return": [2.0]},
+        "step_1": {"step_count": 320, "return": [4.0]},
         "absolute_metrics": {"return": [4.0]},
     }
+
+
+def test_names_that_the_marl_eval_tools_take(tmp_path: Path) -> None:
+    write_run(tmp_path, "qmix-k24,hidden=8", 0, 1.0, "my_env:make", env_args=("path=/a/b",))
+    write_run(tmp_path, "qmix-k24,hidden=8", 0, 1.0, "toy/specialisation", env_args=("n_agents=4",))
+    found = marl_eval(make_grid(*read_runs([tmp_path])))
+    names = {suite: {task: list(methods) for task, methods in tasks.items()} for suite, tasks in found.items()}
+    assert names == {"own": {"my_env:make,path=/a/b": ["k24;hidden=8"]}, "toy": {"specialisation,n_agents=4": ["k24;hidden=8"]}}
 
 
 def test_tasks_may_be_learned_by_different_algorithms(four: Path) -> None:
@@ -121,6 +130,54 @@ def test_an_option_that_the_folder_names_may_differ(four: Path) -> None:
     assert len(make_grid(*read_runs([four])).methods) == 4
 
 
+@pytest.mark.parametrize("others", [("qmix-k24", "qmix-nops"), ("mappo-k24", "mappo-nops")])
+def test_what_one_name_excuses_is_not_excused_between_others(tmp_path: Path, others: tuple[str, str]) -> None:
+    """The first method names its width, or has another learner's settings; the others differ and say nothing."""
+    write_run(tmp_path, "qmix-fups_id,hidden=44", 0, 1.0, hidden=44)
+    for method, hidden in zip(others, (8, 64), strict=True):
+        settings = {"algo": "mappo", "learner": PPOConfig()} if method.startswith("mappo") else {}
+        write_run(tmp_path, method, 0, 1.0, hidden=hidden, **settings)
+    with pytest.raises(UsageError, match=r"nops.seed0 has hidden=64 and .*k24.seed0 hidden=8: compare runs of equal settings"):
+        make_grid(*read_runs([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("qmix-k24", {"sharing": "fups"}, "is a run of scheme fups, and its folder says k24: rename it"),
+        ("qmix-k24,hidden=92", {}, r"has hidden=8, and its folder says hidden=92: rename it"),
+        (
+            "qmix-k24,div-coef=1e-1",
+            {"masks": dataclasses.replace(BASE.masks, div_coef=0.2)},
+            r"has masks\.div_coef=0\.2, .* says div-coef=1e-1",
+        ),
+    ],
+)
+def test_a_folder_that_says_something_else_than_its_run(tmp_path: Path, method: str, settings: dict, message: str) -> None:
+    folder = write_run(tmp_path, method, 0, 1.0)
+    save_config(dataclasses.replace(read_runs([write_run(tmp_path, "qmix-k24", 9, 1.0)])[0][0].config, **settings), folder / "config.yaml")
+    with pytest.raises(UsageError, match=message):
+        read_runs([tmp_path])
+
+
+def test_names_that_are_true(tmp_path: Path) -> None:
+    masks = dataclasses.replace(BASE.masks, div_coef=1e-4, mask_rnn=False, gate="sigmoid")
+    write_run(tmp_path, "qmix-k24,div_coef=1e-4,mask_rnn=false,gate=sigmoid", 0, 1.0, masks=masks)
+    kaleidoscope = dataclasses.replace(BASE.kaleidoscope, threshold_lr_scale=20.0)
+    write_run(tmp_path, "qmix-kaleidoscope,kaleidoscope.threshold_lr_scale=20", 0, 1.0, kaleidoscope=kaleidoscope)
+    assert len(read_runs([tmp_path])[0]) == 2
+
+
+def test_links_are_followed_once_and_the_order_of_arguments_does_not_matter(four: Path) -> None:
+    elsewhere = four.parent / "elsewhere"
+    write_run(elsewhere, "qmix-nops", 0, 1.0, "toy/specialisation", env_args=("n_agents=4", "max_steps=1"))
+    write_run(four, "qmix-k24", 0, 1.0, "toy/specialisation", env_args=("max_steps=1", "n_agents=4"))
+    (four / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(four, target_is_directory=True)
+    runs, _ = read_runs([four])
+    assert len(runs) == 6 and {run.task for run in runs} == {"toy/memory", "toy/specialisation,max_steps=1,n_agents=4"}
+
+
 def test_runs_of_one_method_have_the_same_masks(four: Path) -> None:
     shutil.rmtree(four / "toy/memory/qmix-k24/seed1")
     write_run(four, "qmix-k24", 1, 4.0, masks=dataclasses.replace(BASE.masks, div_coef=0.5))
@@ -133,7 +190,7 @@ def test_runs_of_one_method_have_the_same_masks(four: Path) -> None:
 
 def test_a_log_that_a_kill_cut_short_is_read(four: Path) -> None:
     log = four / "toy/memory/qmix-k24/seed0/metrics.jsonl"
-    log.write_text(log.read_text() + '{"steps": 150, "return_ev')
+    log.write_text(log.read_text() + '{"steps": 350, "return_ev')
     runs, _ = read_runs([four])
     assert all(len(run.log) == 2 for run in runs)
 
@@ -143,7 +200,13 @@ def test_a_log_that_a_kill_cut_short_is_read(four: Path) -> None:
     [
         ("metrics.jsonl", '{"steps": 1}\nno json\n{"steps": 3}\n', "metrics.jsonl, line 2, is damaged"),
         ("eval.json", "{", "eval.json is damaged"),
-        ("eval.json", '{"return_mean": "high"}', "eval.json is damaged"),
+        ("eval.json", '{"return_mean": "high"}', "eval.json is damaged (return_mean=high, expected a number): delete it, and resume"),
+        ("eval.json", '{"return_mean": NaN, "episodes": 3}', "eval.json is damaged (return_mean=nan, expected a number)"),
+        ("eval.json", '{"return_mean": true, "episodes": 3}', "eval.json is damaged (return_mean=True, expected a number)"),
+        ("eval.json", '{"return_mean": 1.0}', "eval.json is damaged (episodes=None, expected a number)"),
+        ("eval.json", '{"return_mean": 1.0, "episodes": 3, "win_rate": null}', "eval.json is damaged (win_rate=None, expected a number)"),
+        ("eval.json", "[]", "eval.json is damaged"),
+        ("config.yaml", "flavour: sour", "unknown setting 'flavour': did you mean 'learner'?; if another version of k24 wrote it, leave"),
         ("config.yaml", "algo: [", "config.yaml is no YAML"),
     ],
 )
@@ -162,6 +225,7 @@ def test_damage_is_told_in_one_line(four: Path, capfd, name: str, content: str, 
         ([".", "--reps", "0"], "reps (=0) must be at least 1"),
         ([".", "--latency", "0"], "latency (=0) must be at least 1"),
         ([".", "--metric", "win_rate"], "has no win_rate"),
+        ([".", "--reference", "qmix-nops"], "unknown method 'qmix-nops': known: fups_id, k24"),
         ([".", "--reference", "k25"], "unknown method 'k25': did you mean 'k24'?"),
         (["empty"], "no finished runs below empty"),
     ],
@@ -235,7 +299,7 @@ def test_what_was_timed_is_kept_until_a_method_is_missing(trained: Path, tmp_pat
 
 def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> None:
     grid = make_grid(*read_runs([four]))
-    # Written as value/2 after 50 steps and value after 100.
+    # Written as value/2 after 160 steps and value after 320.
     assert values_of(grid, "return", "training")["k24", "toy/memory"].tolist() == pytest.approx([0.75 * 3, 0.75 * 4])
     assert values_of(grid, "return", "final")["k24", "toy/memory"].tolist() == [3.0, 4.0]
     assert main(["report", str(four), "--score", "training", "--out", str(tmp_path / "r"), "--reps", "50"]) == 0
@@ -244,6 +308,36 @@ def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> No
     log.write_text(log.read_text().splitlines()[0] + "\n")
     with pytest.raises(UsageError, match="seed0 was evaluated less than twice in training: compare final scores"):
         values_of(make_grid(*read_runs([four])), "return", "training")
+    log.write_text('{"steps": 80, "return_eval": 1.0, "snd": null}\n{"steps": 160, "return_eval": 1.0}\n')
+    with pytest.raises(UsageError, match="seed0 trained for 320 steps, and its log ends at 160: compare final scores, or run it again"):
+        values_of(make_grid(*read_runs([four])), "return", "training")
+    log.write_text(log.read_text() + '{"steps": 240, "return_eval": NaN}\n{"steps": 320, "return_eval": 1.0}\n')
+    with pytest.raises(UsageError, match="seed0 has evaluations in its log that are no numbers: compare final scores, or run it again"):
+        values_of(make_grid(*read_runs([four])), "return", "training")
+
+
+def test_where_nobody_beats_random_play_nobody_gets_a_one(four: Path) -> None:
+    grid = make_grid(*read_runs([four]))
+    values = values_of(grid, "return", "final")  # k24 3 and 4, fups_id 1 and 2
+    found = summarise(grid, values, "k24", {"toy/memory": 5.0}, {}, 50)
+    assert found["tasks"]["toy/memory"]["range"] == (1.0, 5.0)
+    assert normalised(grid, values, {"toy/memory": 5.0})["k24"][0].tolist() == [0.5, 0.75]
+    assert found["improvement"]["fups_id"].value == 1.0
+    assert " On toy/memory no run is better than random play: there 0 is the worst run, and 1 random play." in _below(found["tasks"])
+    assert _below(summarise(grid, values, "k24", {"toy/memory": 0.5}, {}, 50)["tasks"]) == ""
+    same = {cell: np.array([4.0, 4.0 - 1e-7]) for cell in values}
+    assert normalised(grid, same, {})["k24"][0].tolist() == [0.5, 0.5], "rounding is no difference"
+    assert normalised(grid, {cell: np.array([0.0, 0.016]) for cell in values}, {}, (0.0, 1.0))["k24"][0].tolist() == [0.0, 0.016]
+
+
+def test_a_third_method_does_not_decide_who_is_level(four: Path) -> None:
+    for seed, value in enumerate((9.01, 9.0)):
+        write_run(four, "qmix-nops", seed, value)
+    for seed, value in enumerate((-1000.0, -1001.0)):
+        write_run(four, "qmix-fups", seed, value)
+    grid = make_grid(*read_runs([four]))
+    found = summarise(grid, values_of(grid, "return", "final"), "k24", {}, {}, 50)
+    assert found["level"]["toy/memory"] == {"fups": True, "fups_id": True, "nops": False}
 
 
 @pytest.mark.parametrize(("span", "digits"), [((0, 1), 2), ((0.8, 1), 3), ((-210, -140), 1), ((0, 3000), 0), ((1, 1), 2), ((0, 1e-9), 4)])

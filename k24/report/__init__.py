@@ -17,7 +17,7 @@ from k24.report import markdown, pictures
 from k24.report.latency import latencies
 from k24.report.runs import Grid, make_grid, read_runs
 from k24.report.statistics import REPS
-from k24.report.summary import METRICS, SCORES, marl_eval, normalised, plain, summarise, values_of
+from k24.report.summary import BOUNDS, METRICS, SCORES, marl_eval, normalised, plain, summarise, values_of
 
 # Episodes of random play.
 EPISODES = 256
@@ -68,7 +68,11 @@ def report(
     if reference is None:
         reference = next((m for m in grid.methods if m == "k24" or m.partition("-")[2] == "k24"), None)
     elif reference not in grid.methods:
-        raise unknown_name("method", reference, grid.methods)
+        # As its folder is called: with the algorithm, which is left out of names where each task is learned by one.
+        full = {f"{run.config.algo}-{run.method}": run.method for runs in grid.runs.values() for run in runs}
+        if reference not in full:
+            raise unknown_name("method", reference, grid.methods)
+        reference = full[reference]
     try:
         out.mkdir(parents=True, exist_ok=True)
         played = _random_play(grid, out, random, metric)
@@ -78,12 +82,12 @@ def report(
             costs = {cell: {**costs.get(cell, {}), **({"latency_us": times[cell]} if cell in times else {})} for cell in grid.runs}
             unknown += more
         about = {"metric": metric, "score": score, "costs_unknown": unknown, "latency_envs": latency}
-        summary = about | summarise(grid, values, reference, played, costs, reps)
-        drawn = pictures.draw(grid, summary, normalised(grid, values, played), out)
+        summary = about | summarise(grid, values, reference, played, costs, reps, BOUNDS[metric])
+        drawn = pictures.draw(grid, summary, normalised(grid, values, played, BOUNDS[metric]), out)
         counts = sorted({int(run.evaluation["episodes"]) for runs in grid.runs.values() for run in runs})
         text = markdown.write(summary, drawn, " or ".join(map(str, counts)))
         write_atomically(out / "report.md", text.encode())
-        write_atomically(out / "report.json", json.dumps(plain(summary), indent=1).encode())
+        write_atomically(out / "report.json", json.dumps(plain(summary), indent=1, allow_nan=False).encode())
         write_atomically(out / "marl_eval.json", json.dumps(marl_eval(grid)).encode())
     except OSError as error:
         raise UsageError(f"cannot write the report into {out} ({error.strerror}): choose another --out") from error

@@ -46,7 +46,10 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
 
     for name, task in summary["tasks"].items():
         digits = _digits(*task["range"])
-        lines += [f"## {name}", "", f"{len(task['seeds'])} seeds ({', '.join(map(str, task['seeds']))})."]
+        count = len(task["seeds"])
+        about = f"{', '.join(a.upper() for a in task['algo'])}, {_numbers(task['steps'])} steps, hidden {_numbers(task['hidden'])}"
+        seeds = f"{count} seed{'s' * (count > 1)} ({', '.join(map(str, task['seeds']))})"
+        lines += [f"## {name}", "", f"{about} where a method does not say otherwise; {seeds}."]
         if task["random"] is not None:
             lines[-1] += f" Random play: {task['random']:.{digits}f}."
         costs = {key: title for key, title in COSTS.items() if any(key in found for found in task["methods"].values())}
@@ -79,7 +82,13 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
     low = "what random play gets" if len(known) == len(summary["tasks"]) else "the worst run of all methods"
     if known and len(known) < len(summary["tasks"]):
         low += f" (random play for {', '.join(known)})"
-    lines += [f"Scores are scaled per task: 0 is {low}, 1 the best run.", "", _row(["method", "IQM", "mean", "median"]), _row(["---"] * 4)]
+    scaled = f"Scores are scaled per task: 0 is {low}, 1 the best run.{_below(summary['tasks'])}"
+    lines += [
+        scaled if metric == "return" else "Win rates stand as they are, from 0 to 1.",
+        "",
+        _row(["method", "IQM", "mean", "median"]),
+        _row(["---"] * 4),
+    ]
     for method, found in sorted(summary["together"].items(), key=lambda item: -item[1]["iqm"].value):
         lines.append(_row([method, *(f"{found[k].value:.3f} ({_interval(found[k], 3)})" for k in ("iqm", "mean", "median"))]))
     lines.append("")
@@ -89,7 +98,8 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         said = f"Probability that a run of {reference} is better than one of the other method, mean over tasks"
         lines += [
             f"{said}; better and worse where intervals of means are apart; at least level where the interval of {reference}'s IQM ends no "
-            f"lower than the other's IQM less {MARGIN:.0%} of the task's range.",
+            f"lower than the other's IQM less {MARGIN:.0%} of what lies between random play (or else the worst run of the two) "
+            "and the best of the two. With few seeds that is easily reached: read it beside the means.",
             "",
             _row(["other", "probability", "better on", "undecided on", "worse on", "at least level on"]),
             _row(["---"] * 6),
@@ -103,6 +113,16 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
     for title, file in pictures.items():
         lines += [f"![{title}]({file})", ""]
     return "\n".join(lines)
+
+
+def _numbers(values: list[int]) -> str:
+    return " or ".join(f"{value:,}" for value in values)
+
+
+def _below(tasks: dict[str, Any]) -> str:
+    """On which tasks no run was better than random play."""
+    below = [name for name, task in tasks.items() if task["random"] is not None and task["range"][0] != task["random"]]
+    return f" On {', '.join(below)} no run is better than random play: there 0 is the worst run, and 1 random play." if below else ""
 
 
 def _digits(low: float, high: float) -> int:

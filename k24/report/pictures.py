@@ -18,7 +18,9 @@ COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
     *("#999999", "#8C564B", "#17BECF", "#BCBD22", "#7F3C8D"),
 )
-LABELS = {"return": "return (sum over agents and steps)", "win_rate": "episodes won"}
+LABELS = {"return": "return (sum over agents and steps)", "win_rate": "share of episodes won"}
+# One for each turn of the colours.
+STYLES = ("-", "--", ":", "-.")
 SCORED = {"final": "", "training": ", mean over training"}
 
 # What is paid for a return: key of a method's numbers, label of the axis, name.
@@ -47,10 +49,12 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
 
     order = sorted(grid.methods, key=lambda m: (m != summary["reference"], m))
     colour = {method: COLOURS[k % len(COLOURS)] for k, method in enumerate(order)}
+    style = {method: STYLES[k // len(COLOURS) % len(STYLES)] for k, method in enumerate(order)}
     files: dict[str, str] = {}
 
     def save(figure: Any, title: str, name: str) -> None:
-        files[title] = re.sub(r"[^\w.=-]+", "_", name) + ".png"
+        # A task's arguments may be long, and file names may not.
+        files[title] = re.sub(r"[^\w.=-]+", "_", name[:100] + name[100:][-60:]) + ".png"
         figure.savefig(out / files[title], dpi=130)
         plt.close(figure)
 
@@ -63,7 +67,7 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
             figure, axis = plt.subplots(figsize=(6.8, 4.2), constrained_layout=True)
             for method, found in curves.items():
                 steps, middle, low, high = _band(found)
-                axis.plot(steps, middle, color=colour[method], linewidth=2.2 if method == order[0] else 1.5, label=method)
+                axis.plot(steps, middle, style[method], color=colour[method], linewidth=2.2 if method == order[0] else 1.5, label=method)
                 axis.fill_between(steps, low, high, color=colour[method], alpha=0.15, linewidth=0)
             if name.endswith("_eval") and summary["tasks"][task]["random"] is not None:
                 axis.axhline(summary["tasks"][task]["random"], color="#888888", linestyle="--", linewidth=1, label="random play")
@@ -87,7 +91,7 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
     levels = np.linspace(0, 1, 101)
     for method in order:
         share = statistics.profile(scores[method], levels)
-        axis.plot(levels, share, color=colour[method], linewidth=2.2 if method == order[0] else 1.5, label=method)
+        axis.plot(levels, share, style[method], color=colour[method], linewidth=2.2 if method == order[0] else 1.5, label=method)
         if all(len(s) > 1 for s in scores[method]):
             low, high = statistics.bootstrap(partial(statistics.profile, levels=levels), scores[method], reps=1000)
             axis.fill_between(levels, low, high, color=colour[method], alpha=0.12, linewidth=0)
@@ -136,4 +140,7 @@ def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 
 def _finish(axis: Any, lines: int) -> None:
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=9, ncols=2 if lines > 6 else 1)
+    if lines > len(COLOURS):
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axis.legend(frameon=False, fontsize=9, ncols=2 if lines > 6 else 1)

@@ -7,11 +7,16 @@ with the task's arguments. A method's name holds the options that set it apart, 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from k24.config import TrainConfig, load_config, to_dict
 from k24.errors import UsageError
@@ -48,8 +53,8 @@ class RunRecord:
         return self.config.seed
 
     def curve(self, name: str) -> list[tuple[int, float]]:
-        """What was logged under a name, as (environment steps, value)."""
-        return [(int(row["steps"]), float(row[name])) for row in self.log if name in row]
+        """What was logged under a name, as (environment steps, value); what is no finite number is left out."""
+        return [(int(row["steps"]), float(row[name])) for row in self.log if is_number(row.get(name))]
 
 
 @dataclass(frozen=True)
@@ -79,28 +84,74 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
         UsageError: There are none, or one can't be read.
     """
     found, unfinished = [], []
-    for folder in sorted({path.parent for root in folders for path in root.rglob("config.yaml")}):
-        config = load_config(folder / "config.yaml")
+    for folder in _run_folders(folders):
+        try:
+            config = load_config(folder / "config.yaml")
+        except UsageError as error:
+            raise UsageError(f"{error}; if another version of k24 wrote it, leave the run out") from error
         if not (folder / "eval.json").exists():
             unfinished.append(folder)
             continue
         method = folder.parent.name
         if not method.startswith(f"{config.algo}-"):
             raise UsageError(f"{folder} is a run of {config.algo}, and its folder is not called {config.algo}-<method>/seed<k>: rename it")
-        task = ",".join([config.task, *config.env_args])
+        _require_true_name(folder, config)
+        task = ",".join([config.task, *sorted(config.env_args)])
         found.append(RunRecord(folder, task, method, config, _read_evaluation(folder), _read_log(folder)))
     if not found:
         raise UsageError(f"no finished runs below {', '.join(map(str, folders))}: a finished run holds an eval.json")
     return found, unfinished
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _run_folders(roots: Sequence[Path]) -> list[Path]:
+    """Folders with a configuration, links followed; a folder that is reached by several ways counts once."""
+    found: dict[Path, Path] = {}
+    for root in roots:
+        seen = set()
+        for place, below, files in os.walk(root, followlinks=True):
+            real = Path(place).resolve()
+            if real in seen:
+                below.clear()  # a link to a folder above it
+            seen.add(real)
+            if "config.yaml" in files:
+                found.setdefault(real, Path(place))
+    return sorted(found.values())
+
+
+def _require_true_name(folder: Path, config: TrainConfig) -> None:
+    """Refuses a run whose folder says something else than its configuration: tables would call it by a wrong name."""
+    scheme, *options = folder.parent.name.removeprefix(f"{config.algo}-").split(",")
+    if scheme != config.sharing:
+        raise UsageError(f"{folder} is a run of scheme {config.sharing}, and its folder says {scheme}: rename it")
+    settings = _settings(config)
+    for option, _, text in (item.partition("=") for item in options):
+        asked = option.replace("-", "_")
+        name = next((known for known in settings if asked in (known, known.removeprefix("masks."), known.removeprefix("learner."))), None)
+        try:
+            value = yaml.safe_load(text)
+            value = float(value) if name and type(settings[name]) is float else value  # 1e-4 is text to YAML
+        except (yaml.YAMLError, ValueError, TypeError):
+            value = text
+        if name is not None and settings[name] != value:
+            raise UsageError(f"{folder} has {name}={settings[name]}, and its folder says {option}={text}: rename it")
+
+
 def _read_evaluation(folder: Path) -> dict[str, Any]:
+    path = folder / "eval.json"
     try:
-        found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-        if not isinstance(found["return_mean"], int | float):
-            raise TypeError("return_mean is no number")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{folder / 'eval.json'} is damaged ({type(error).__name__}): delete it, and resume the run") from error
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        wrong = [name for name in ("return_mean", "win_rate", "episodes") if name in found and not is_number(found[name])]
+        wrong += [name for name in ("return_mean", "episodes") if name not in found]
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and resume the run") from error
+    if wrong:
+        said = f"{wrong[0]}={found.get(wrong[0])}, expected a number"
+        raise UsageError(f"{path} is damaged ({said}): delete it, and resume the run, or leave the run out")
     return found
 
 
@@ -174,22 +225,24 @@ def make_grid(runs: Sequence[RunRecord], unfinished: Sequence[Path] = (), partia
 
 def _require_alike(runs: Iterable[RunRecord]) -> None:
     """Refuses runs of one task that differ in more than what makes their methods."""
-    first: RunRecord | None = None
-    by_method: dict[str, RunRecord] = {}
+    first: dict[str, RunRecord] = {}
     for run in runs:
-        first = first or run
-        same = by_method.setdefault(run.method, run)
-        for other, free in ((first, FREE + OF_SCHEMES), (same, ("seed", *FREE[3:]))):
-            here, there = _settings(run.config), _settings(other.config)
-            if other.config.algo != run.config.algo:
-                free = (*free, "learner")
-            named = {*_named(run.method), *_named(other.method)} if other is not same else set()
-            for name in sorted(here.keys() | there.keys()):
-                if name.partition(".")[0] in free or name in named or name.rpartition(".")[2] in named:
-                    continue
-                if here.get(name) != there.get(name):
-                    differ = f"{run.folder} has {name}={here.get(name)} and {other.folder} {name}={there.get(name)}"
-                    raise UsageError(f"{differ}: compare runs of equal settings, or name the option in the method's folder")
+        _require_equal(run, first.setdefault(run.method, run), ("seed", *FREE[3:]), [])
+    # Every pair: what a method's name excuses in one comparison excuses nothing between two others.
+    for one, other in combinations(first.values(), 2):
+        free = (*FREE, *OF_SCHEMES, *(["learner"] if one.config.algo != other.config.algo else []))
+        _require_equal(other, one, free, [*_named(one.method), *_named(other.method)])
+
+
+def _require_equal(run: RunRecord, other: RunRecord, free: Sequence[str], named: Sequence[str]) -> None:
+    """Refuses two runs that differ in a setting which is neither free nor named."""
+    here, there = _settings(run.config), _settings(other.config)
+    for name in sorted(here.keys() | there.keys()):
+        if name.partition(".")[0] in free or name in named or name.rpartition(".")[2] in named:
+            continue
+        if here.get(name) != there.get(name):
+            differ = f"{run.folder} has {name}={here.get(name)} and {other.folder} {name}={there.get(name)}"
+            raise UsageError(f"{differ}: compare runs of equal settings, or name the option in the method's folder")
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
