@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from k24.errors import UsageError, unknown_name
+from k24.files import write_atomically
 from k24.learners import LEARNERS, LearnerConfig
 from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, SePSConfig, SharingConfig, SNPConfig, why_idle
 from k24.sparse.patterns import PatternSet
@@ -391,7 +392,7 @@ def _read(value: Any, hint: Any, where: str) -> Any:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes the complete configuration as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -35,6 +35,32 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[bool]:
+    """Takes a folder for oneself while the block runs; whoever dies gives it back.
+
+    Yields:
+        False if another process, or another block, has it. True where the file system or the platform knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file by new contents, or leaves it as it was; see :func:`atomic_file`."""
     with atomic_file(path) as file:

@@ -19,7 +19,7 @@ from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.envs import TeamEnv
 from k24.errors import UsageError
 from k24.evaluate import EVAL_SEED, build_env, build_learner, pinned, play, resolve_device, restore, summary
-from k24.files import write_atomically
+from k24.files import hold_folder, write_atomically
 from k24.learners import Learner, collect_episodes
 from k24.learners.rollout import slots_of
 from k24.sharing import Experience
@@ -133,9 +133,7 @@ def _prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
         if any(p.name != "config.yaml.tmp" for p in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and holds no config.yaml: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.yaml.tmp"
-    save_config(config, temporary)
-    temporary.replace(written)
+    save_config(config, written)
 
 
 def train(
@@ -157,9 +155,11 @@ def train(
         should_stop: Asked after every round; when it says yes, a checkpoint is written and the run ends, to be resumed later.
 
     Raises:
-        UsageError: Something is wrong before anything starts.
+        UsageError: Something is wrong before anything starts, or another process trains in the folder.
         RunError: Something failed while running; the last checkpoint is good.
     """
+    if not config.task:
+        raise UsageError("no task given: 'k24 tasks' lists them, for example mpe/simple_spread")
     with told_when_memory_is_short("use less of buffer_size, batch_size, envs, eval_episodes or hidden"):
         return _train(config, folder, resume, on_progress, should_stop)
 
@@ -171,21 +171,38 @@ def _train(
     on_progress: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Result:
-    if not config.task:
-        raise UsageError("no task given: 'k24 tasks' lists them, for example mpe/simple_spread")
     folder, config = folder or default_folder(config), pinned(config)
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
     keep_freed_memory()
     env = build_env(config, config.envs, device)
     eval_env = build_env(config, config.eval_episodes, device)
-    learner = build_learner(config, env.spec, env.device)
-    prepare_folder(config, folder, resume)
+    try:
+        learner = build_learner(config, env.spec, env.device)
+        prepare_folder(config, folder, resume)
+        with hold_folder(folder) as mine:
+            if not mine:
+                raise UsageError(f"another process trains in {folder}: wait for its end, stop it, or choose another --out")
+            return _rounds(config, folder, learner, env, eval_env, resume, on_progress, should_stop)
+    finally:
+        env.close()
+        eval_env.close()
 
+
+def _rounds(
+    config: TrainConfig,
+    folder: Path,
+    learner: Learner,
+    env: TeamEnv,
+    eval_env: TeamEnv,
+    resume: bool,
+    on_progress: Callable[[Progress], None] | None,
+    should_stop: Callable[[], bool] | None,
+) -> Result:
     steps = rounds = 0
     next_log, next_eval, next_checkpoint = 0, 0, config.checkpoint_every
     metrics: dict[str, float] = {}
-    found = load_checkpoint(folder / "checkpoints", device) if resume else None
+    found = load_checkpoint(folder / "checkpoints", env.device) if resume else None
     if found is not None:
         steps, state = found
         restore(learner.load_state_dict, state, folder)
@@ -259,8 +276,6 @@ def _train(
         return Result(folder, steps, True, evaluation, rate)
     finally:
         log.close()
-        env.close()
-        eval_env.close()
 
 
 def play_at_random(learner: Learner, env: TeamEnv, seed: int) -> Experience:

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "envs.base": set(),
     "envs": {"envs.base"},
     "learners": {"actions", "sparse", "nets", "sharing", "envs.base"},
-    "config": {"sparse", "sharing", "nets", "envs", "learners"},
+    "config": {"files", "sparse", "sharing", "nets", "envs", "learners"},
     "checkpoint": {"config", "files"},
     # where the wings meet
     "evaluate": {"actions", "sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"},

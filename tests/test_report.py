@@ -282,15 +282,19 @@ def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
         assert (again / name).read_bytes() == (out / name).read_bytes(), "the same runs give the same bytes"
 
 
-def test_what_was_timed_is_kept_until_a_method_is_missing(trained: Path, tmp_path: Path) -> None:
-    grid, path = make_grid(*read_runs([trained])), tmp_path / "latency.json"
-    kept = {BASE.task: {"envs": 2, "us": {"k24": 1.5, "fups_id": 2.5, "nops": 9.0}, "machine": {"cpu": "another one"}}}
+def test_what_was_timed_is_kept_until_a_run_is_another(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    grid, path = make_grid(*read_runs([tmp_path / "runs"])), tmp_path / "latency.json"
+    latencies(grid, path, 2, seconds=0.1)
+    kept = json.loads(path.read_text())
+    kept[BASE.task]["us"] = {"k24": 1.5, "nops": 9.0}
+    kept[BASE.task]["failed"] = {"fups_id": "its checkpoint is gone"}
     path.write_text(json.dumps(kept))
-    assert latencies(grid, path, 2) == ({("k24", BASE.task): 1.5, ("fups_id", BASE.task): 2.5}, [])
-    del kept[BASE.task]["us"]["k24"]
-    path.write_text(json.dumps(kept))
+    assert latencies(grid, path, 2) == ({("k24", BASE.task): 1.5}, [f"latency of fups_id on {BASE.task}: its checkpoint is gone"])
+    evaluation = next((tmp_path / "runs").rglob("*-k24/seed0/eval.json"))
+    evaluation.write_text(evaluation.read_text() + "\n")
     found, unknown = latencies(grid, path, 2, seconds=0.1)
-    assert found.keys() == {("k24", BASE.task), ("fups_id", BASE.task)} and found["fups_id", BASE.task] != 2.5 and not unknown
+    assert found.keys() == {("k24", BASE.task), ("fups_id", BASE.task)} and found["k24", BASE.task] != 1.5 and not unknown
     assert latencies(grid, path, 3, seconds=0.1)[0] != found, "another number of environments"
     path.write_text("[]")
     with pytest.raises(UsageError, match="damaged: delete it"):

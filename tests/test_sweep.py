@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from k24.errors import UsageError
 from k24.suites import SUITES
 from k24.sweep import Cell, Method, Row, Status, plan
 from k24.sweep.run import session
-from k24.sweep.worker import Board, Meter, last_line
+from k24.sweep.worker import Board, Meter, last_line, work
 from k24.train import train
 
 # A few rounds of four one-step episodes.
@@ -116,6 +117,20 @@ def test_folders_tell_how_far_a_run_is(tmp_path):
         planned(tmp_path, "k24", common=SHORT)
     (tmp_path / "toy/matrix/qmix-k24/seed0/notes.txt").unlink()
     assert contents(tmp_path) == before
+    # What is no evaluation does not count as the end of a run, and what is no folder not as a new one.
+    (tmp_path / "toy/matrix/qmix-fups/seed0/eval.json").write_text('{"return_mean": "good"}')
+    assert [cell.state for cell in planned(tmp_path, "fups", common=SHORT)] == ["unfinished"]
+    (tmp_path / "toy/matrix/qmix-snp").mkdir()
+    (tmp_path / "toy/matrix/qmix-snp/seed0").write_text("a file")
+    with pytest.raises(UsageError, match=r"cannot write the run folder .*qmix-snp/seed0 \(Not a directory\): choose another --out"):
+        planned(tmp_path, "snp", common=SHORT)
+
+
+def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(tmp_path):
+    rows = [Row("toy/specialisation,n_agents=4", "qmix", 1)]
+    for common in (["--env-args", "x=a/b", "y=1", "--steps", "64"], ["--env-args=x=a/b", "--steps", "64", "--env_args", "y=1"]):
+        found = plan(rows, ["k24"], tmp_path, common, lambda given: read_request(given).config)[0].config
+        assert (found.env_args, found.steps) == (("n_agents=4", "x=a/b", "y=1"), 64)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +152,8 @@ def test_folders_tell_how_far_a_run_is(tmp_path):
         ("--tasks toy/matrix --sharing k24:hidden=", "method 'k24:hidden=': 'hidden=' is not of the form option=value"),
         ("--tasks toy/matrix --sharing k24:lr=1,lr=2", "method 'k24:lr=1,lr=2' gives lr twice: leave one of them out"),
         ("--tasks toy/matrix --sharing k24:seed=3", "method 'k24:seed=3': seed is set by the sweep: use --seeds"),
-        ("--tasks toy/matrix --sharing k24:config=a/b", "method 'k24:config=a/b': a value with a / can be no part of a folder's name"),
+        ("--tasks toy/matrix --sharing k24:slots=a/b", "method 'k24:slots=a/b': a value with a / can be no part of a folder's name"),
+        ("--tasks toy/matrix --sharing k24:preset=smacv2", "method 'k24:preset=smacv2': preset is set by the sweep: use --preset after --"),
         ("--tasks toy/matrix --sharing k24:env_args=n=1", "method 'k24:env_args=n=1': arguments of the task belong to the task"),
         (
             "--tasks toy/matrix --sharing k24:hiden=8",
@@ -164,7 +180,8 @@ def test_folders_tell_how_far_a_run_is(tmp_path):
             "--tasks toy/specialisation,n_agents=1",
             "toy/specialisation,n_agents=1 qmix-k24: toy/specialisation: n_agents must be at least 2",
         ),
-        ("--tasks toy/memory,n_cues=3 -- --env-args n_agents=3", "task 'toy/memory,n_cues=3' has arguments of its own"),
+        ("--tasks toy/memory,n_cues=3 -- --env-args n_cues=4", "task 'toy/memory,n_cues=3' and --env-args both give n_cues: leave one"),
+        ("--tasks toy/memory,map=a/b", "task 'toy/memory,map=a/b': a value with a / can be no part of a folder's name: give it after --"),
         ("--tasks toy/matrix -- --seed 3", "after --: seed is set by the sweep: use --seeds"),
         ("--tasks toy/matrix -- --out=there", "after --: out is set by the sweep: use --out of the sweep"),
         ("--tasks toy/matrix -- --help", "after --: help is set by the sweep: use 'k24 train --help'"),
@@ -322,6 +339,39 @@ def test_a_meter_reads_what_a_run_has_logged(tmp_path):
     assert meter.read() == {"steps": 50, "return": 3.0}
     write('{"steps": 90, "return_eval": 4.0}\n', 24)
     assert meter.read() == {"steps": 90, "rate": 10.0, "return": 4.0}
+
+
+@pytest.mark.parametrize(("status", "expected"), [(130, "stopped"), (0, "finished"), (1, "failed")])
+def test_who_cannot_save_itself_when_asked_to_stop_has_failed(tmp_path, monkeypatch, status, expected):
+    class NoRay:
+        """Calls go through at once, and the sweep asks to stop as soon as the training runs."""
+
+        class exceptions:
+            RayError = ConnectionError
+
+        @staticmethod
+        def get(value: Any) -> Any:
+            return value
+
+    class NoBoard:
+        class report:
+            @staticmethod
+            def remote(run: int, news: dict[str, Any]) -> bool:
+                return (tmp_path / "up").exists()
+
+    code = f"""
+        import pathlib, signal, sys, time
+        def stop(*_):
+            print("k24: no room", file=sys.stderr)
+            sys.exit({status})
+        signal.signal(signal.SIGINT, stop)
+        pathlib.Path("up").touch()
+        time.sleep(60)
+    """
+    (tmp_path / "saver.py").write_text(textwrap.dedent(code))
+    monkeypatch.setitem(sys.modules, "ray", NoRay)
+    found = work(0, ["saver"], str(tmp_path / "seed0"), str(tmp_path), NoBoard)
+    assert found == (expected, "exit status 1: no room" if status == 1 else "")
 
 
 def test_the_last_line_of_a_log_is_that_of_the_last_attempt(tmp_path):

@@ -22,7 +22,7 @@ from k24.errors import CheckpointError, RunError, UsageError
 from k24.evaluate import load_run
 from k24.learners import PPOConfig, TD3Config, ValueConfig
 from k24.sharing import K24Config, KaleidoscopeConfig
-from k24.train import MetricLog, default_folder, round_seed, train
+from k24.train import MetricLog, Progress, default_folder, round_seed, train
 
 # 20 rounds of 4 episodes of 4 steps, two updates a round; masks freeze in round 16.
 BASE = TrainConfig(
@@ -356,6 +356,22 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert _contents(tmp_path) == {"thesis.tex": b"years of work"}
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    refusals = []
+
+    def intrude(_: Progress) -> None:
+        if not refusals:
+            with pytest.raises(UsageError) as caught:
+                train(BASE, tmp_path / "run", resume=True)
+            refusals.append(str(caught.value))
+
+    train(BASE, tmp_path / "run", on_progress=intrude)
+    assert refusals == [f"another process trains in {tmp_path / 'run'}: wait for its end, stop it, or choose another --out"]
+    train(BASE, tmp_path / "alone")
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    train(BASE, tmp_path / "run", resume=True)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("no folder")
     for out in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/no/run")):
@@ -462,8 +478,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, monkeypatch):
 
     def full(descriptor: int) -> None:
         saved.append(descriptor)
-        # A save flushes four times: file and folder, for the checkpoint and for the index. The log is made anew before with two.
-        if len(saved) == 2 + 4 + 1:
+        # A save flushes four times: file and folder, for the checkpoint and for the index. Before it the configuration is written and the log made anew, with two each.
+        if len(saved) == 2 + 2 + 4 + 1:
             raise OSError(28, "No space left on device")
         real(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ def latencies(grid: Grid, path: Path, rows: int, seconds: float = 2.0) -> tuple[
     """Microseconds of :meth:`k24.policy.Policy.act` with one thread, from observations to actions, of each method's first run.
 
     The methods of a task take turns in one process. What was measured is kept in a file with the machine it was measured on, and a task is
-    measured anew only where a method is missing there or ``rows`` is another number.
+    measured anew only where its runs or ``rows`` are others than they were.
 
     Args:
         grid: The runs.
@@ -42,27 +43,39 @@ def latencies(grid: Grid, path: Path, rows: int, seconds: float = 2.0) -> tuple[
     unknown: list[str] = []
     for task in grid.tasks:
         folders = {method: grid.runs[method, task][0].folder for method in grid.methods}
-        old = kept.get(task, {})
-        if old.get("envs") != rows or not folders.keys() <= old["us"].keys():
-            acting = {}
-            for method, folder in folders.items():
-                try:
-                    acting[method] = _acting(folder, rows)
-                except UsageError as error:
-                    unknown.append(f"latency of {method} on {task}: {error}")
-            if not acting:
-                continue
-            before = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                raced = race(acting, seconds=seconds)
-            finally:
-                torch.set_num_threads(before)
-            old = {"envs": rows, "us": {method: round(raced.median(method), 2) for method in acting}, "machine": machine()}
-            kept[task] = old
+        runs = {method: _identity(folder) for method, folder in folders.items()}
+        timed = kept.get(task)
+        if timed is None or timed["envs"] != rows or not runs.items() <= timed["runs"].items():
+            timed = kept[task] = {"envs": rows, "runs": runs, "machine": machine()} | _race(folders, rows, seconds)
             write_atomically(path, json.dumps(kept, indent=1).encode())
-        found |= {(method, task): old["us"][method] for method in grid.methods if method in old["us"]}
+        found |= {(method, task): timed["us"][method] for method in grid.methods if method in timed["us"]}
+        unknown += [f"latency of {method} on {task}: {timed['failed'][method]}" for method in grid.methods if method in timed["failed"]]
     return found, unknown
+
+
+def _race(folders: dict[str, Path], rows: int, seconds: float) -> dict[str, dict[str, Any]]:
+    """Median microseconds of each method that can be timed, and why the others can't."""
+    acting, failed = {}, {}
+    for method, folder in folders.items():
+        try:
+            acting[method] = _acting(folder, rows)
+        except UsageError as error:
+            failed[method] = str(error)
+    us: dict[str, float] = {}
+    if acting:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            raced = race(acting, seconds=seconds)
+        finally:
+            torch.set_num_threads(before)
+        us = {method: round(raced.median(method), 2) for method in acting}
+    return {"us": us, "failed": failed}
+
+
+def _identity(folder: Path) -> str:
+    """Tells one run from another that has its name: a digest of what it was and how it ended."""
+    return hashlib.sha256((folder / "config.yaml").read_bytes() + (folder / "eval.json").read_bytes()).hexdigest()[:16]
 
 
 def _acting(folder: Path, rows: int) -> Callable[[], object]:
@@ -94,7 +107,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {
             str(task): {
                 "envs": int(old["envs"]),
+                "runs": {str(method): str(run) for method, run in old["runs"].items()},
                 "us": {str(method): float(us) for method, us in old["us"].items()},
+                "failed": {str(method): str(reason) for method, reason in old["failed"].items()},
                 "machine": dict(old["machine"]),
             }
             for task, old in kept.items()

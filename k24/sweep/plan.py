@@ -36,6 +36,8 @@ TAKEN = {
     "sharing": "--sharing",
     "seed": "--seeds",
     "out": "--out of the sweep",
+    "preset": "--preset after --, for every run",
+    "config": "--config after --, for every run",
     "resume": "nothing: every run of a sweep goes on where it stopped",
     "quiet": "nothing: runs of a sweep write into their logs",
     "help": "'k24 train --help'",
@@ -162,8 +164,9 @@ def plan(
         UsageError: Something is wrong with a run, which the message names, or its folder holds another one.
     """
     for item in common:
-        if item.startswith("-"):
-            _require_free(item.partition("=")[0].lstrip("-").replace("-", "_"), "after --")
+        option = item.partition("=")[0].lstrip("-").replace("-", "_")
+        if item.startswith("-") and option not in ("preset", "config"):
+            _require_free(option, "after --")
     found: dict[Path, Cell] = {}
     for row, method in itertools.product(rows, map(Method.read, methods)):
         arguments = _arguments(row, method, common)
@@ -218,7 +221,8 @@ def evaluation_of(folder: Path) -> dict[str, Any] | None:
         found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "return_mean" in found else None
+    value = found.get("return_mean") if isinstance(found, dict) else None
+    return found if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _arguments(row: Row, method: Method, common: Sequence[str]) -> list[str]:
@@ -229,20 +233,42 @@ def _arguments(row: Row, method: Method, common: Sequence[str]) -> list[str]:
         raise UsageError(f"task {row.task!r} is not of the form TASK or TASK,name=value: for example toy/specialisation,n_agents=4")
     if env_args:
         _require_no_slash("".join(env_args), f"task {row.task!r}")
-        if any(item.partition("=")[0] in ("--env-args", "--env_args") for item in shared):
-            raise UsageError(f"task {row.task!r} has arguments of its own: leave --env-args out, and write all of them there")
-        env_args.insert(0, "--env-args")
+    shared, others = _without_env_args(shared)
+    for name in {item.partition("=")[0] for item in env_args} & {item.partition("=")[0] for item in others}:
+        raise UsageError(f"task {row.task!r} and --env-args both give {name}: leave one of them out")
+    if env_args or others:
+        env_args = ["--env-args", *env_args, *others]
     # One core is what a run has to itself, so simulators of one environment at a time are stepped in the run's own process.
     workers = [] if any(item.partition("=")[0] == "--workers" for item in shared) else ["--workers", "0"]
     return [task, "--algo", row.algo, "--sharing", method.scheme, *env_args, *workers, *shared, *method.arguments]
+
+
+def _without_env_args(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments of ``k24 train`` without arguments of the task, and these."""
+    kept: list[str] = []
+    found: list[str] = []
+    inside = False
+    for item in arguments:
+        option, equals, value = item.partition("=")
+        if item.startswith("--"):
+            inside = option.replace("_", "-") == "--env-args"
+            if inside and equals:
+                found.append(value)
+        if not inside:
+            kept.append(item)
+        elif not item.startswith("--"):
+            found.append(item)
+    return kept, found
 
 
 def _state(config: TrainConfig, folder: Path) -> State:
     """How far a run is, which may also be none of ours."""
     try:
         begun = any(path.name != "config.yaml.tmp" for path in folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return "new"
+    except OSError as error:
+        raise UsageError(f"cannot write the run folder {folder} ({error.strerror}): choose another --out") from error
     if not begun:
         return "new"
     prepare_folder(pinned(config), folder, resume=True)  # refuses other configurations, and writes nothing where there is one

@@ -182,7 +182,7 @@ def session(address: str | None, jobs: int | None) -> Iterator[Any]:
                 ray.init("local", num_cpus=jobs or cores(), include_dashboard=False, object_store_memory=STORE, **quiet)
             else:
                 ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
         said = describe(error)[:300]
         if address is None:
             raise UsageError(f"Ray does not start on this machine ({said}): is there memory left, and can /tmp be written?") from error

@@ -122,7 +122,8 @@ def work(run: int, arguments: list[str], folder: str, cwd: str, board: Any) -> t
             raise
     if process.returncode == 0:
         return "finished", ""
-    if asked:
+    # A training that was asked to stop has saved itself only if it ended in one of these ways; 130 is what a shell says of SIGINT.
+    if asked and process.returncode in (130, -signal.SIGINT, -signal.SIGTERM):
         return "stopped", ""
     if process.returncode < 0:
         # It had no time to say why, so its last line is about something else.
