@@ -478,7 +478,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, monkeypatch):
 
     def full(descriptor: int) -> None:
         saved.append(descriptor)
-        # A save flushes four times: file and folder, for the checkpoint and for the index. Before it the configuration is written and the log made anew, with two each.
+        # A save flushes four times: file and folder, for the checkpoint and for the index. Before the first one the configuration is
+        # written and the log made anew, with two each.
         if len(saved) == 2 + 2 + 4 + 1:
             raise OSError(28, "No space left on device")
         real(descriptor)

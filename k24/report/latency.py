@@ -46,7 +46,7 @@ def latencies(grid: Grid, path: Path, rows: int, seconds: float = 2.0) -> tuple[
         runs = {method: _identity(folder) for method, folder in folders.items()}
         timed = kept.get(task)
         if timed is None or timed["envs"] != rows or not runs.items() <= timed["runs"].items():
-            timed = kept[task] = {"envs": rows, "runs": runs, "machine": machine()} | _race(folders, rows, seconds)
+            timed = kept[task] = {"envs": rows, "runs": runs, "machine": machine(), **_race(folders, rows, seconds)}
             write_atomically(path, json.dumps(kept, indent=1).encode())
         found |= {(method, task): timed["us"][method] for method in grid.methods if method in timed["us"]}
         unknown += [f"latency of {method} on {task}: {timed['failed'][method]}" for method in grid.methods if method in timed["failed"]]
