@@ -89,6 +89,10 @@ def test_tasks_may_be_learned_by_different_algorithms(four: Path) -> None:
             write_run(four, f"mappo-{scheme}", seed, 5.0, algo="mappo", learner=learner)
     shutil.rmtree(four / "toy/matrix")
     assert make_grid(*read_runs([four])).methods == ["mappo-fups_id", "mappo-k24", "qmix-fups_id", "qmix-k24"]
+    shutil.rmtree(four / "toy/memory/qmix-fups_id")
+    write_run(four, "qmix-fups_id", 0, 5.0, "toy/matrix")
+    with pytest.raises(UsageError, match=r"no run in common.*: toy/memory was learned by mappo and qmix, .*; report it by itself"):
+        make_grid(*read_runs([four]), partial=True)
 
 
 def test_costs_that_cannot_be_had_are_left_out(four: Path, tmp_path: Path) -> None:

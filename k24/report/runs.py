@@ -217,9 +217,13 @@ def make_grid(runs: Sequence[RunRecord], unfinished: Sequence[Path] = (), partia
         raise UsageError(f"unequal grid: {missing[0]}{more}: finish the runs, or compare what all have with --partial")
     tasks = sorted({task for _, task in kept}, key=by_number)
     if not tasks:
-        raise UsageError(
-            f"the methods {', '.join(methods)} have no run in common, on any task with any seed: give folders that belong together"
-        )
+        remedy = "give folders that belong together"
+        for task, names in algorithms.items():
+            if len(names) > 1:
+                remedy = (
+                    f"{task} was learned by {' and '.join(sorted(names))}, which makes their methods different ones; report it by itself"
+                )
+        raise UsageError(f"the methods {', '.join(methods)} have no run in common, on any task with any seed: {remedy}")
     return Grid(methods, tasks, kept, missing)
 
 
