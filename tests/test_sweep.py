@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -344,20 +345,24 @@ def test_a_meter_reads_what_a_run_has_logged(tmp_path):
 @pytest.mark.parametrize(("status", "expected"), [(130, "stopped"), (0, "finished"), (1, "failed")])
 def test_who_cannot_save_itself_when_asked_to_stop_has_failed(tmp_path, monkeypatch, status, expected):
     class NoRay:
-        """Calls go through at once, and the sweep asks to stop as soon as the training runs."""
+        """There is no ``get``: a run that waited in it would lend its core to the next one."""
 
         class exceptions:
             RayError = ConnectionError
 
-        @staticmethod
-        def get(value: Any) -> Any:
-            return value
+    class Answer:
+        """That the sweep asks to stop as soon as the training runs."""
+
+        def future(self) -> Future[bool]:
+            future: Future[bool] = Future()
+            future.set_result((tmp_path / "up").exists())
+            return future
 
     class NoBoard:
         class report:
             @staticmethod
-            def remote(run: int, news: dict[str, Any]) -> bool:
-                return (tmp_path / "up").exists()
+            def remote(run: int, news: dict[str, Any]) -> Answer:
+                return Answer()
 
     code = f"""
         import pathlib, signal, sys, time

@@ -220,9 +220,7 @@ def make_grid(runs: Sequence[RunRecord], unfinished: Sequence[Path] = (), partia
         remedy = "give folders that belong together"
         for task, names in algorithms.items():
             if len(names) > 1:
-                remedy = (
-                    f"{task} was learned by {' and '.join(sorted(names))}, so that methods are told apart by them; report it by itself"
-                )
+                remedy = f"{task} was learned by {' and '.join(sorted(names))}, so that methods are told apart by them; report it by itself"
         raise UsageError(f"the methods {', '.join(methods)} have no run in common, on any task with any seed: {remedy}")
     return Grid(methods, tasks, kept, missing)
 

@@ -84,7 +84,8 @@ def work(run: int, arguments: list[str], folder: str, cwd: str, board: Any) -> t
 
     def told_to_stop() -> bool:
         try:
-            return ray.get(board.report.remote(run, meter.read()))
+            # Not by ray.get: Ray gives the processor of whoever waits in it to the next run, and soon all of them would train at once.
+            return board.report.remote(run, meter.read()).future().result()
         except ray.exceptions.RayError:
             return True  # the sweep is gone
 
