@@ -44,6 +44,8 @@ class Options:
     """Agents, each with its own teacher; one run for each number."""
     hidden: int = 64
     """Hidden units of the student (H)."""
+    inputs: Literal["alike", "silent", "scaled"] = "alike"
+    """alike: standard normal; silent: with as many between them that are always 0; scaled: with standard deviations from 0.1 to 10."""
     match: Literal["width", "macs", "bytes"] = "width"
     """What is equal between schemes: hidden units, or as near as can be the multiply-adds or the deployed bytes of k24 at --hidden."""
     png: Path | None = None
@@ -72,16 +74,12 @@ class Options:
 class Student(nn.Module):
     """Three layers of a sharing scheme, with ReLU between them."""
 
-    def __init__(self, hidden: int, sharing: Sharing) -> None:
+    def __init__(self, hidden: int, sharing: Sharing, inputs: int = INPUTS) -> None:
         super().__init__()
-        for (i, o), role in zip(self.sizes(hidden), ("input", "hidden", "output"), strict=True):
-            sharing.linear(i, o, role)  # type: ignore[arg-type]
+        sharing.linear(inputs, hidden, "input")
+        sharing.linear(hidden, hidden, "hidden")
+        sharing.linear(hidden, OUTPUTS, "output")
         self.layers = nn.ModuleList(sharing.layers)
-
-    @staticmethod
-    def sizes(hidden: int) -> list[tuple[int, int]]:
-        """Inputs and outputs of each layer."""
-        return [(INPUTS, hidden), (hidden, hidden), (hidden, OUTPUTS)]
 
     def forward(self, x: Tensor, phase: str, observe: bool = False) -> tuple[Tensor, list]:
         """Returns the outputs ``[A, rows, 8]`` and the effective weights used."""
@@ -101,6 +99,13 @@ def teachers(agents: int, seed: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def sizes_of(kind: str) -> Tensor:
+    """The standard deviation of each input."""
+    if kind == "silent":
+        return torch.tensor([1.0, 0.0]).repeat(INPUTS)
+    return torch.logspace(-1, 1, INPUTS) if kind == "scaled" else torch.ones(INPUTS)
+
+
 @torch.no_grad()
 def cost(student: Student) -> dict[str, float]:
     """Multiply-adds of one agent's pass, and bytes that a deployment needs, as ``k24 inspect`` counts them."""
@@ -114,8 +119,10 @@ def matched(options: Options, scheme: str, agents: int) -> int:
     if options.match == "width":
         return options.hidden
 
+    inputs = len(sizes_of(options.inputs))
+
     def costs(name: str, hidden: int) -> float:
-        return cost(Student(hidden, make_sharing(name, agents, options.schemes)))[options.match]
+        return cost(Student(hidden, make_sharing(name, agents, options.schemes), inputs))[options.match]
 
     target = costs("k24", options.hidden)
     return min(range(4, 4 * options.hidden + 1, 4), key=lambda hidden: abs(costs(scheme, hidden) - target))
@@ -127,14 +134,18 @@ def run(options: Options, scheme: str, agents: int, hidden: int, seed: int) -> d
     generator = torch.Generator().manual_seed(seed)
     first, second = teachers(agents, seed)
     sharing = make_sharing(scheme, agents, options.schemes)
-    student = Student(hidden, sharing)
+    sizes = sizes_of(options.inputs)
+    student = Student(hidden, sharing, len(sizes))
     apart = {id(p): scale for p, scale in sharing.trained_apart()}
     groups = [{"params": [p], "scale": apart.get(id(p), 1.0)} for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(groups, lr=options.lr)
 
     def batch(rows: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(1, rows, INPUTS, generator=generator).expand(agents, -1, -1)
-        return x, F.relu(x @ first.transpose(1, 2)) @ second.transpose(1, 2)
+        y = F.relu(x @ first.transpose(1, 2)) @ second.transpose(1, 2)
+        seen = torch.zeros(agents, rows, len(sizes))
+        seen[..., sizes > 0] = x
+        return seen * sizes, y
 
     for step in range(options.steps):
         progress = step / options.steps
