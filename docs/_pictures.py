@@ -57,7 +57,6 @@ class Example:
 
     Attributes:
         weight: ``[O, I]``.
-        magnitude: Mean size of each agent's inputs ``[A, I]``.
         alpha: ``[A, O, I]``.
         score: ``[A, O, I]``.
         pi: Distribution over patterns at each of :data:`TEMPERATURES`, ``[T, P, A, O, G]``.
@@ -67,7 +66,6 @@ class Example:
     """
 
     weight: Tensor
-    magnitude: Tensor
     alpha: Tensor
     score: Tensor
     pi: Tensor
@@ -101,12 +99,11 @@ def example() -> Example:
         pi = []
         for layer.temperature in TEMPERATURES:
             pi.append(layer.probabilities())
-        magnitude = layer.running_magnitude()
-        scores = score(layer.weight, magnitude, layer.alpha, layer.config.gate)
+        scores = score(layer.weight, layer.running_magnitude(), layer.alpha, layer.config.gate)
         layer.freeze()
         packed = torch.stack([pack_codes(codes, layer.patterns) for codes in layer.codes])
         mask, table = layer.mask(), layer.patterns.table
-    return Example(layer.weight.detach(), magnitude, layer.alpha.detach(), scores, torch.stack(pi), mask, packed, table)
+    return Example(layer.weight.detach(), layer.alpha.detach(), scores, torch.stack(pi), mask, packed, table)
 
 
 class Sheet:
@@ -169,8 +166,8 @@ def architecture() -> plt.Figure:
     width = {**dict.fromkeys(columns, wide), "2:4 patterns": 1.93, "one file": WIDTH - 0.12 - left["one file"]}
     below = {
         "weights": "one matrix $W$\nfor all agents",
-        "agents": "top: mean|input|\nbelow: learned $\\alpha_i$",
-        "scores": "$|W|\\,\\cdot$ mean|input|\n$\\cdot\\,\\exp(\\alpha_i)$",
+        "agents": "a learned $\\alpha_i$\nfor every weight",
+        "scores": "$|W|\\cdot\\exp(\\alpha_i)$",
         "masked nets": "same weights,\nother halves",
         "one file": "weights once, 3 bits\nper group and agent",
     }
@@ -185,8 +182,7 @@ def architecture() -> plt.Figure:
     sheet.text(left["weights"] + wide / 2, tops[1] + size + 0.15, "darker: larger", SMALL, GREY)
     for agent, top in enumerate(tops):
         colour, centre = COLOURS[agent], top + size / 2
-        sheet.text(left["agents"], top - 0.25, f"agent {agent}", PLAIN, colour, ha="left", va="baseline", weight="bold")
-        sheet.matrix(left["agents"], top - 0.16, ranked(found.magnitude[agent : agent + 1]), colour)
+        sheet.text(left["agents"], top - 0.1, f"agent {agent}", PLAIN, colour, ha="left", va="baseline", weight="bold")
         sheet.matrix(left["agents"], top, ranked(found.alpha[agent]), colour)
         sheet.matrix(left["scores"], top, ranked(found.score[agent]), colour, group=(row, group))
         _bars(sheet, left["2:4 patterns"], top, found.pi[:, :, agent, row, group], found.patterns, colour)

@@ -85,7 +85,7 @@ _ABLATED = (
     "k24:forward=gumbel,temperature_on=all",
     "k24:alpha_lr_scale=1",
     "k24:alpha_lr_scale=20",
-    "k24:ema_every=0",
+    "k24:ema_every=1",
     "k24:div_coef=0",
     "k24:reset_interval=0",
     "k24:reset_interval=500",

@@ -18,7 +18,7 @@ AGENTS, OBS, HIDDEN, ACTIONS = 3, 5, 8, 4
 
 
 def some_net(name: str, agent_id: bool | None = None, **masks) -> AgentNet:
-    sharing = make_sharing(name, AGENTS, SharingConfig(masks=K24Config(hetero_init_scale=1.0, **masks)))
+    sharing = make_sharing(name, AGENTS, SharingConfig(masks=K24Config(hetero_init_scale=1.0, ema_every=1, **masks)))
     net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, sharing, agent_id)
     sharing.resample(0.3)
     return net
@@ -151,7 +151,7 @@ def test_masks_make_agents_differ_without_an_index() -> None:
 
 
 def feed_forward(name: str, layer_norm: bool = False, agent_id: bool | None = None, **masks) -> AgentNet:
-    sharing = make_sharing(name, AGENTS, SharingConfig(masks=K24Config(hetero_init_scale=1.0, **masks)))
+    sharing = make_sharing(name, AGENTS, SharingConfig(masks=K24Config(hetero_init_scale=1.0, ema_every=1, **masks)))
     net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, sharing, agent_id, recurrent=False, layer_norm=layer_norm)
     sharing.resample(0.3)
     return net

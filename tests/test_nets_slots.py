@@ -19,7 +19,7 @@ from k24.errors import RunError, UsageError
 from k24.learners import Episodes, NetActor, ValueConfig, ValueLearner
 from k24.learners.rollout import slots_of
 from k24.nets import AgentNet
-from k24.sharing import SCHEMES, make_sharing
+from k24.sharing import SCHEMES, K24Config, SharingConfig, make_sharing
 from k24.sparse.gru import gru_step
 from k24.sparse.layers import MaskedLinear
 from k24.sparse.slots import SlotRule, SlotWeights, by_unit_type
@@ -29,7 +29,7 @@ AGENTS, SLOTS, HIDDEN, OBS, ACTIONS = 4, 3, 8, 6, 5
 
 def make_net(scheme: str = "k24", seed: int = 0) -> AgentNet:
     torch.manual_seed(seed)
-    sharing = make_sharing(scheme, SLOTS)
+    sharing = make_sharing(scheme, SLOTS, SharingConfig(masks=K24Config(ema_every=1)))
     net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, sharing)
     with torch.no_grad():
         for layer in net.layers.values():

@@ -55,7 +55,7 @@ def test_the_masks_of_the_example_are_those_that_the_formula_gives(pictures):
     assert (masks.sum(-1) == 2).all() and set(masks.unique().tolist()) == {0, 1}
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 3
     # The two highest of each four scores, from the formula in words.
-    scores = found.weight.abs() * found.magnitude[:, None] * found.alpha.exp()
+    scores = found.weight.abs() * found.alpha.exp()
     torch.testing.assert_close(found.score, scores)
     best = scores.view(masks.shape).topk(2, -1).indices
     assert torch.equal(torch.zeros_like(masks).scatter(-1, best, 1), masks)

@@ -206,7 +206,7 @@ def test_random_masks_of_a_padded_group_are_uniform_too() -> None:
 
 
 def test_one_shared_mask_is_the_same_for_all_and_learned() -> None:
-    net, sharing = some_net("k24_shared")
+    net, sharing = some_net("k24_shared", SharingConfig(masks=K24Config(ema_every=1)))
     for phase in PHASES:
         assert all(w.weight.shape[0] == 1 for w in net.materialise(phase))  # type: ignore[arg-type]
     made = net.materialise("train")

@@ -30,7 +30,7 @@ def unrolled(gates_x: Tensor, h: Tensor, weight_h: Tensor, bias_h: Tensor) -> Te
 
 
 def some_gru(in_features: int = 6, hidden: int = 4, n_slots: int = 3, **settings) -> MaskedGRU:
-    gru = MaskedGRU(in_features, hidden, n_slots, config=MaskConfig(hetero_init_scale=2.0, **settings))
+    gru = MaskedGRU(in_features, hidden, n_slots, config=MaskConfig(hetero_init_scale=2.0, ema_every=1, **settings))
     gru.resample(0.3)
     return gru
 

@@ -18,8 +18,8 @@ FORWARDS = ["expected", "sample", "gumbel", "gumbel_soft"]
 
 
 def some_layer(in_features: int = 8, out_features: int = 5, n_slots: int = 3, progress: float = 0.3, **settings) -> MaskedLinear:
-    """A layer whose slots differ, ready to train."""
-    layer = MaskedLinear(in_features, out_features, n_slots, config=MaskConfig(hetero_init_scale=2.0, **settings))
+    """A layer whose slots differ and whose scores follow its inputs, ready to train."""
+    layer = MaskedLinear(in_features, out_features, n_slots, config=MaskConfig(**{"hetero_init_scale": 2.0, "ema_every": 1} | settings))
     layer.resample(progress)
     return layer
 
@@ -204,7 +204,7 @@ ROWS = torch.tensor([[1.0, -3.0], [3.0, 3.0]])
 )
 @pytest.mark.parametrize("mixed", [False, True])
 def test_running_magnitude_by_hand(settings: dict, expected: tuple[float, float], mixed: bool) -> None:
-    layer = MaskedLinear(2, 4, 2, "1:2", config=MaskConfig(**{"ema_momentum": 0.9, **settings}))
+    layer = MaskedLinear(2, 4, 2, "1:2", config=MaskConfig(**{"ema_every": 1, "ema_momentum": 0.9, **settings}))
     layer.resample(0.0)
     if mixed:
         layer(torch.cat([ROWS, 2 * ROWS, 9 * ROWS]), torch.tensor([0, 0, 1, 1, -1, -1]))
@@ -217,7 +217,7 @@ def test_running_magnitude_by_hand(settings: dict, expected: tuple[float, float]
 
 
 def test_bias_correction_is_the_weighted_mean_of_what_was_seen() -> None:
-    layer = MaskedLinear(4, 4, 1, config=MaskConfig(ema_momentum=0.9, ema_bias_correction=True))
+    layer = MaskedLinear(4, 4, 1, config=MaskConfig(ema_every=1, ema_momentum=0.9, ema_bias_correction=True))
     assert layer.running_magnitude().tolist() == [[1.0] * 4], "one before anything was seen"
     for value in (2.0, 5.0):
         layer.observe(torch.full((1, 3, 4), -value))

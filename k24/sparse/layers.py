@@ -7,7 +7,8 @@ gathered per row.
 Life of a mask, as with dropout or batch normalisation:
 
 * ``layer.train()``: the mask of the present step. ``resample(progress)`` sets its temperature and draws what is drawn,
-  and both hold until the next call. The forward pass also updates the running mean of the inputs' magnitude.
+  and both hold until the next call. With ``ema_every`` the forward pass also updates the running mean of the
+  inputs' magnitude.
 * ``layer.eval()``: the most likely pattern of every group.
 * after ``freeze()``: the pattern that was most likely then, for good, in both modes.
 """
@@ -63,14 +64,14 @@ class MaskConfig:
     """Factor on the initial weights; masks take away energy, up to 1 - (N/M)² of it while they are soft and even."""
     hetero_init_scale: float = 0.01
     """Standard deviation of alpha at the start."""
+    ema_every: int = 0
+    """Scale scores by the running magnitude of inputs, updated every so many training forward passes; 0 leaves it out."""
     ema_momentum: float = 0.99
     """Momentum of the running input magnitude."""
     ema_norm: Literal["mean", "rms"] = "mean"
     """Magnitude of an input over a batch: mean of absolute values, or root mean square as in Wanda."""
     ema_bias_correction: bool = False
     """Start the running mean from the first batch instead of from one."""
-    ema_every: int = 1
-    """Update the running mean every so many training forward passes; 0 for never, which leaves it out of the score."""
     temperature_init: float = 1.0
     """Temperature at the start."""
     temperature_min: float = 0.03
