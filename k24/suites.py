@@ -108,7 +108,7 @@ SUITES: dict[str, Suite] = {
                 "mpe/simple_speaker_listener,continuous_actions=true,max_steps=50",
                 "matd3",
                 _SPEAKER,
-                3,
+                5,
                 "one agent sees the goal and speaks, the other one moves",
             ),
             SuiteTask(
