@@ -30,7 +30,7 @@ from k24.learners.targets import (
     td3_target,
     td_lambda_targets,
 )
-from k24.sharing import make_sharing
+from k24.sharing import K24Config, SharingConfig, make_sharing
 
 REWARD = torch.tensor([1.0, 2.0, 3.0, 4.0])
 VALUE = torch.tensor([10.0, 20.0, 30.0, 40.0])  # of the state that each step led to
@@ -378,7 +378,8 @@ def test_clipped_value_loss_gradient() -> None:
 @pytest.mark.parametrize("returns", [{}, {"n_step": 3}, {"td_lambda": 0.7}])
 def test_what_is_recorded_behind_an_episodes_end_changes_nothing(algo: str, returns: dict) -> None:
     spec = EnvSpec(2, 4, 3, 3, 5)
-    learner = ValueLearner(algo, spec, make_sharing("k24", 2), ValueConfig(batch_size=4, **returns), hidden=8)
+    sharing = make_sharing("k24", 2, SharingConfig(masks=K24Config(ema_every=1)))
+    learner = ValueLearner(algo, spec, sharing, ValueConfig(batch_size=4, **returns), hidden=8)
     batch = Episodes.empty(spec, 4, torch.device("cpu"), avail=False)
     batch.obs, batch.state, batch.reward = torch.randn_like(batch.obs), torch.randn_like(batch.state), torch.randn_like(batch.reward)
     batch.actions = torch.randint(0, 3, batch.actions.shape)
