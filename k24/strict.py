@@ -1,12 +1,13 @@
 """Values from outside, checked one by one before anything relies on them.
 
-Each function returns what it was given if that is as it should be, and says what is wrong otherwise. What it quotes is cut to a few dozen
-characters, so that a message stays one line whatever was in the file.
+Each function but the last returns what it was given if that is as it should be, and says what is wrong otherwise. What it quotes is cut
+to a few dozen characters, so that a message stays one line whatever was in the file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from reprlib import repr as shown
 from typing import Any
@@ -86,3 +87,8 @@ def one_of(value: Any, what: str, known: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise UsageError(f"{what} must be one of {', '.join(known)}, got {shown(value)}")
     return value
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

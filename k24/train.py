@@ -199,6 +199,7 @@ def _rounds(
     on_progress: Callable[[Progress], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> Result:
+    """Rounds of gathering and learning in a folder that is ours, from its newest checkpoint on."""
     steps = rounds = 0
     next_log, next_eval, next_checkpoint = 0, 0, config.checkpoint_every
     metrics: dict[str, float] = {}

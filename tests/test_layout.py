@@ -52,9 +52,9 @@ LAYERS: dict[str, set[str]] = {
         *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("artifact", "onnx", "export", "evaluate", "train"),
     },
-    "report": {"files", "policy", "config", "evaluate", "export", "inspection", "bench"},
+    "report": {"files", "strict", "policy", "config", "evaluate", "export", "inspection", "bench"},
     "suites": set(),
-    "sweep": {"envs", "config", "checkpoint", "evaluate", "train"},
+    "sweep": {"strict", "envs", "config", "checkpoint", "evaluate", "train"},
     "commands": {
         *("sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("export", "evaluate", "inspection", "train", "bench", "suites", "sweep", "report"),

@@ -119,8 +119,9 @@ def test_folders_tell_how_far_a_run_is(tmp_path):
     (tmp_path / "toy/matrix/qmix-k24/seed0/notes.txt").unlink()
     assert contents(tmp_path) == before
     # What is no evaluation does not count as the end of a run, and what is no folder not as a new one.
-    (tmp_path / "toy/matrix/qmix-fups/seed0/eval.json").write_text('{"return_mean": "good"}')
-    assert [cell.state for cell in planned(tmp_path, "fups", common=SHORT)] == ["unfinished"]
+    for value in ('"good"', "true", "NaN"):
+        (tmp_path / "toy/matrix/qmix-fups/seed0/eval.json").write_text(f'{{"return_mean": {value}}}')
+        assert [cell.state for cell in planned(tmp_path, "fups", common=SHORT)] == ["unfinished"]
     (tmp_path / "toy/matrix/qmix-snp").mkdir()
     (tmp_path / "toy/matrix/qmix-snp/seed0").write_text("a file")
     with pytest.raises(UsageError, match=r"cannot write the run folder .*qmix-snp/seed0 \(Not a directory\): choose another --out"):

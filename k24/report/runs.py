@@ -7,7 +7,6 @@ with the task's arguments. A method's name holds the options that set it apart, 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ import yaml
 
 from k24.config import TrainConfig, load_config, to_dict
 from k24.errors import UsageError
+from k24.strict import is_number
 
 # Settings that may differ between the methods that are compared on a task: what makes the method, and what does not change what is learned.
 FREE = ("algo", "sharing", "seed", "device", "threads", "workers", "checkpoint_every", "log_every")
@@ -101,11 +101,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
     if not found:
         raise UsageError(f"no finished runs below {', '.join(map(str, folders))}: a finished run holds an eval.json")
     return found, unfinished
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _run_folders(roots: Sequence[Path]) -> list[Path]:

@@ -25,6 +25,7 @@ from k24.config import TrainConfig, why_ignored
 from k24.envs import EnvSpec
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner, pinned, resolve_device
+from k24.strict import is_number
 from k24.train import prepare_folder
 
 State = Literal["new", "unfinished", "finished"]
@@ -222,7 +223,7 @@ def evaluation_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     value = found.get("return_mean") if isinstance(found, dict) else None
-    return found if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return found if is_number(value) else None
 
 
 def _arguments(row: Row, method: Method, common: Sequence[str]) -> list[str]:
