@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,9 @@ def test_every_scheme_is_described() -> None:
     text = (ROOT / "docs" / "algorithm.md").read_text(encoding="utf-8")
     for scheme in SCHEMES:
         assert f"| `{scheme}` |" in text
+
+
+def test_the_table_of_bytes_in_the_readme_is_what_the_script_prints() -> None:
+    root = Path(__file__).parents[1]
+    table = runpy.run_path(str(root / "benchmarks" / "sizes.py"))["table"]
+    assert table([3, 8, 64], 128) in (root / "README.md").read_text(encoding="utf-8")
