@@ -10,8 +10,9 @@ Four pieces, all of them BenchMARL's own ways in:
   which agent it is. It is for policies; the critic stays BenchMARL's, since it is gone after training.
 * ``model_config_registry`` gets its name, which is what BenchMARL asks of a new model.
 * ``Masks`` is a Callback. It tells the model how far training is, which sets the temperature, and freezes the masks at 60% of the frames.
-* The same callback gives alpha its own learning rate. BenchMARL builds one Adam of one group per loss; at ``on_setup`` nothing has been
-  trained, so alphas can still move to a group of their own there. Gradients are clipped over all groups together, by BenchMARL.
+* The same callback gives masked weights and alphas their own learning rates. BenchMARL builds one Adam of one group per loss; at
+  ``on_setup`` nothing has been trained, so they can still move to groups of their own there. Gradients are clipped over all groups
+  together, by BenchMARL.
 
 Progress is a buffer of the model, as codes and freeze are of the layers: that is what checkpoints and copies of a policy (target networks,
 collectors on another device) take along. What k24's own learners do besides, diversity and resets, is left out; a diversity loss would be
@@ -44,7 +45,7 @@ except ImportError as error:
     sys.exit(f"this example needs BenchMARL ({error}): pip install 'k24[benchmarl]'")
 
 FREEZE_AT = 0.6
-ALPHA_LR_SCALE = 60.0
+LR_SCALES = {"weight": 2.0, "alpha": 60.0}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Options:
     hidden: int = 64
     """Hidden units of the policy."""
     lr: float = 1e-3
-    """Learning rate; alpha's is 60 times higher."""
+    """Learning rate; that of masked weights is twice, that of alphas 60 times as high."""
     seed: int = 0
     """Seed of everything random."""
     out: Path | None = None
@@ -111,17 +112,18 @@ class Masks(Callback):
     """Drives the masks of all MaskedMlp policies of an experiment."""
 
     def on_setup(self) -> None:
-        """Moves alphas to a group of their own, before anything is trained."""
+        """Moves masked weights and alphas to groups of their own, before anything is trained."""
         self.returns: list[float] = []
         self.frozen_after: int | None = None
         for losses in self.experiment.optimizers.values():
             optimiser = losses["loss_objective"]
             group = optimiser.param_groups[0]
-            alphas = [p for p in group["params"] if any(p is layer.alpha for layer in self.layers)]
-            if len(alphas) != len(self.layers):
-                raise RuntimeError(f"the policy's optimiser holds {len(alphas)} of {len(self.layers)} alphas")
-            group["params"] = [p for p in group["params"] if not any(p is alpha for alpha in alphas)]
-            optimiser.add_param_group({"params": alphas, "lr": group["lr"] * ALPHA_LR_SCALE})
+            for name, scale in LR_SCALES.items():
+                apart = [p for p in group["params"] if any(p is getattr(layer, name) for layer in self.layers)]
+                if len(apart) != len(self.layers):
+                    raise RuntimeError(f"the policy's optimiser holds the {name} of {len(apart)} of {len(self.layers)} masked layers")
+                group["params"] = [p for p in group["params"] if not any(p is other for other in apart)]
+                optimiser.add_param_group({"params": apart, "lr": group["lr"] * scale})
 
     @property
     def models(self) -> list[MaskedMlp]:

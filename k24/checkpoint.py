@@ -20,7 +20,7 @@ import torch
 from k24.errors import CheckpointError
 from k24.files import atomic_file, write_atomically
 
-FORMAT = 3
+FORMAT = 4
 KEEP = 2
 
 

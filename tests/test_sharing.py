@@ -186,7 +186,7 @@ def test_random_masks_are_uniform_and_never_change() -> None:
     assert (padded == 0).all(), "two real columns in the last group: both are kept"
     masks = masks_of(net.materialise("deploy"))
     assert (masks[1][0] != masks[1][1]).float().mean() == pytest.approx(0.5, abs=0.05), "agents have masks of their own"
-    assert sharing.trained_apart() == []
+    assert [id(p) for p, _ in sharing.trained_apart()] == [id(layer.weight) for layer in sharing.masked], "no alphas"  # type: ignore[attr-defined]
     for progress in (0.0, 0.4, 0.8, 1.0):
         sharing.resample(progress)
         assert sharing.aux_loss(net.materialise("train"), torch.tensor(1.0)) is None
@@ -220,7 +220,31 @@ def test_one_shared_mask_is_the_same_for_all_and_learned() -> None:
 @pytest.mark.parametrize(("given", "scale"), [(7.0, 7.0), (0.0, 0.0), (None, 60.0)])
 def test_alphas_learn_at_their_own_rate(given: float | None, scale: float) -> None:
     _, sharing = some_net("k24", SharingConfig(masks=K24Config(alpha_lr_scale=given)))
-    assert [(id(p), s) for p, s in sharing.trained_apart()] == [(id(layer.alpha), scale) for layer in sharing.masked]  # type: ignore[attr-defined]
+    apart = {id(p): s for p, s in sharing.trained_apart()}
+    assert all(apart.pop(id(layer.alpha)) == scale for layer in sharing.masked)  # type: ignore[attr-defined]
+    assert all(apart.pop(id(layer.weight)) == 2.0 for layer in sharing.masked)  # type: ignore[attr-defined]
+    assert not apart
+
+
+def test_a_step_moves_an_output_as_far_as_in_a_dense_layer() -> None:
+    inputs = torch.ones(1, 1, 64)
+    moved = {}
+    for name in ("k24_random", "fups"):
+        torch.manual_seed(0)
+        sharing = make_sharing(name, 1)
+        layer = sharing.linear(64, 32, "hidden")
+        optimiser = torch.optim.Adam(
+            [{"params": [p], "lr": s * 1e-3} for p, s in sharing.trained_apart()] or [{"params": [layer.weight], "lr": 1e-3}]
+        )  # type: ignore[list-item]
+        outputs = []
+        for _ in range(2):
+            weight = layer.materialise("train").weight  # type: ignore[operator]
+            outputs.append(inputs @ weight[0].T)
+            outputs[-1].sum().backward()
+            optimiser.step()
+        moved[name] = float((outputs[1] - outputs[0]).mean().detach())
+    assert moved["k24_random"] == pytest.approx(moved["fups"], rel=1e-3)
+    assert moved["fups"] == pytest.approx(-64e-3, rel=1e-3)
 
 
 def test_diversity_is_scaled_to_its_share_of_the_task_loss() -> None:

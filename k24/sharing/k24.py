@@ -36,6 +36,8 @@ class K24Config(MaskConfig):
 
     alpha_lr_scale: float | None = None
     """Learning rate of alpha, as a multiple of the learner's, which decides whether masks are learned; 60 when not given, MATD3: 1."""
+    weight_lr_scale: float = 2.0
+    """Learning rate of masked weights, as a multiple of the learner's: half as many inputs at twice the pace move an output as far."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
@@ -60,6 +62,8 @@ class K24Config(MaskConfig):
         super().__post_init__()
         if self.alpha_lr_scale is not None and not self.alpha_lr_scale >= 0:
             raise UsageError(f"alpha_lr_scale {self.alpha_lr_scale} must not be negative")
+        if not self.weight_lr_scale > 0:
+            raise UsageError(f"weight_lr_scale {self.weight_lr_scale} must be positive")
         if not self.div_coef >= 0 or self.deque_len < 1:
             raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
         if self.reset_interval < 0 or not 0 <= self.reset_ratio <= 1:
@@ -79,7 +83,7 @@ class K24Config(MaskConfig):
 
 
 # Settings of how masks are chosen and learned, which fixed ones do without; what is left are those of the layers themselves.
-_LEARNED = frozenset(f.name for f in fields(K24Config)) - {"pattern", "mask_rnn", "init_gain"}
+_LEARNED = frozenset(f.name for f in fields(K24Config)) - {"pattern", "mask_rnn", "init_gain", "weight_lr_scale"}
 _DIVERSITY = frozenset({"div_coef", "diversity", "deque_len"})
 _EMA = frozenset({"ema_momentum", "ema_norm", "ema_bias_correction"})
 
@@ -209,9 +213,14 @@ class K24(Sharing):
         return resets
 
     def trained_apart(self) -> list[tuple[nn.Parameter, float]]:
-        """Every alpha that still learns."""
+        """Masked weights, and every alpha that still learns.
+
+        Adam moves a weight by about the learning rate, whatever the size of its gradient. Where a mask keeps N of M weights, or an expected
+        mask is N/M on average, such steps move an output by N/M of what they would in a dense layer.
+        """
         scale = ALPHA_LR_SCALE if self.config.alpha_lr_scale is None else self.config.alpha_lr_scale
-        return [(layer.alpha, scale) for layer in self.masked if layer.alpha.requires_grad]
+        weights = [(layer.weight, self.config.weight_lr_scale) for layer in self.masked]
+        return weights + [(layer.alpha, scale) for layer in self.masked if layer.alpha.requires_grad]
 
     def retired(self) -> list[nn.Parameter]:
         """Every alpha, once masks are frozen."""

@@ -114,7 +114,7 @@ class MaskedLinear(nn.Module):
         config: How masks are scored and chosen.
 
     Attributes:
-        weight: ``[O, I]``, shared.
+        weight: ``[O, I]``, shared; half as many inputs per output as a dense layer has, so wants twice the learning rate.
         bias: ``[O]``, shared, or None.
         alpha: ``[A, O, I]``, each slot's heterogeneity; wants an optimiser group with a learning rate of its own.
         ema: ``[A, I]``, each slot's mean input magnitude.
@@ -145,7 +145,8 @@ class MaskedLinear(nn.Module):
                 raise UsageError(f"{name} (={value}) must be at least 1")
         self.in_features, self.out_features, self.n_slots = in_features, out_features, n_slots
         dense = nn.Linear(in_features, out_features, bias=bias)
-        self.weight, self.bias = dense.weight, dense.bias
+        self.weight: nn.Parameter = dense.weight  # type: ignore[assignment]  # torch declares a Tensor
+        self.bias = dense.bias
         with torch.no_grad():
             self.weight.mul_(self.config.init_gain)
         n_groups = self.patterns.groups(in_features)
