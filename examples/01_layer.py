@@ -7,7 +7,7 @@ All slots see the same inputs and share every weight and bias; only their 2:4 ma
 more than the mean of the four functions. Five things make the masks learn, and each is one line in ``train``:
 
 * ``resample(progress)`` once per gradient step, which sets the temperature (and draws the masks, if they are drawn ones);
-* a learning rate of alpha's own, some 60 times that of the weights;
+* a learning rate of alpha's own, some 60 times that of the weights (k24's learners: 30 times, and twice a dense net's for the weights);
 * ``k24.pattern_orthogonality``, which keeps the slots' masks apart;
 * ``freeze()`` at 60% of the steps, where the temperature is at its end: from there every mask is exactly 2:4;
 * the steps that remain, in which the weights get used to the masks as they will be deployed.

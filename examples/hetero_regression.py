@@ -7,8 +7,8 @@ it). Reported is the mean squared error over the variance of the targets, with t
 
     python examples/hetero_regression.py --sharing k24 --agents 8
     python examples/hetero_regression.py --sharing k24 fups_bias nops --agents 2 3 8 16 32 --match macs --png regression.png
-    python examples/hetero_regression.py --logits sum --normalise none --alpha-lr-scale 1 --forward gumbel \\
-        --temperature-on all --gate sigmoid --temperature-init 5 --temperature-min 0.1 --anneal-end 0.8   # the first formulation
+
+The formulation that k24 started from, in this script's options: docs/algorithm.md.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ _ABLATED = (
     "k24:forward=gumbel,temperature_on=all",
     "k24:alpha_lr_scale=1",
     "k24:alpha_lr_scale=20",
+    "k24:weight_lr_scale=1",
+    "k24:weight_lr_scale=4",
     "k24:ema_every=1",
     "k24:div_coef=0",
     "k24:reset_interval=0",

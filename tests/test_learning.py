@@ -57,7 +57,7 @@ SEVERAL_STEPS = {
     ValueConfig: dataclasses.replace(
         VALUES,
         steps=6400,
-        learner=ValueConfig(lr=5e-3, batch_size=32, buffer_size=256, env_steps_per_update=16, target_update=20, epsilon_anneal=2000),
+        learner=ValueConfig(lr=3e-3, batch_size=32, buffer_size=256, env_steps_per_update=16, target_update=20, epsilon_anneal=2000),
     ),
     PPOConfig: dataclasses.replace(POLICIES, steps=6400, envs=32, hidden=16, learner=PPOConfig(lr=5e-3, critic_lr=5e-3, epochs=5)),
 }

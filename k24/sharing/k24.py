@@ -98,8 +98,8 @@ def idle_settings(config: K24Config, variant: Variant) -> dict[str, str]:
     found = {} if config.adaptive_reset else {"kl_threshold": "adaptive_reset is off"}
     if config.logits != "sum":
         found["normalise"] = f"logits is {config.logits}, and it normalises those of sum"
-    if config.forward != "gumbel":
-        found["temperature_on"] = f"forward is {config.forward}, and only gumbel adds noise that a temperature could divide"
+    if config.forward not in ("gumbel", "gumbel_soft"):
+        found["temperature_on"] = f"forward is {config.forward}, and only gumbel and gumbel_soft add noise that a temperature could divide"
     if config.ema_every == 0:
         found |= dict.fromkeys(_EMA, "ema_every is 0")
     if config.div_coef == 0:
