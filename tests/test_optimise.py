@@ -58,7 +58,7 @@ def held(trainee: Trainee) -> set[int]:
 def test_the_learning_rate_falls_on_a_line(progress: float, share: float) -> None:
     trainee = some_trainee(lr=0.5, decay=(0.6, 0.2))
     trainee.begin(progress, torch.Generator())
-    assert [group["lr"] for group in trainee.optimiser.param_groups] == pytest.approx([0.5 * share, 60 * 0.5 * share])
+    assert [group["lr"] for group in trainee.optimiser.param_groups] == pytest.approx([0.5 * share, 2 * 0.5 * share, 60 * 0.5 * share])
     assert trainee.metrics()["lr"] == pytest.approx(0.5 * share)
 
 
@@ -69,13 +69,14 @@ def test_or_never(progress: float) -> None:
     assert [group["lr"] for group in trainee.optimiser.param_groups] == [0.5]
 
 
-def test_every_parameter_is_trained_once_and_alphas_at_their_own_rate() -> None:
+def test_every_parameter_is_trained_once_and_masked_weights_and_alphas_at_their_own_rates() -> None:
     other = nn.Linear(2, 2)
     trainee = some_trainee(others=[other])
-    own, apart = (group["params"] for group in trainee.optimiser.param_groups)
-    assert [id(p) for p in apart] == [id(layer.alpha) for layer in layers(trainee)]
+    own, weights, alphas = (group["params"] for group in trainee.optimiser.param_groups)
+    assert [id(p) for p in weights] == [id(layer.weight) for layer in layers(trainee)]
+    assert [id(p) for p in alphas] == [id(layer.alpha) for layer in layers(trainee)]
     expected = {id(p) for p in [*trainee.net.parameters(), *other.parameters()]}
-    assert len(own) + len(apart) == len(expected)
+    assert len(own) + len(weights) + len(alphas) == len(expected)
     assert held(trainee) == expected
     assert isinstance(some_trainee(optimiser="rmsprop").optimiser, torch.optim.RMSprop)
 
