@@ -189,7 +189,7 @@ _MATD3_MAMUJOCO: dict[str, Any] = {
 }
 
 # Published settings, as changes to the defaults: of a learner, and where a preset is named after a baseline, of its sharing scheme too.
-# See docs/algorithm.md for what they leave open.
+# See docs/user-guide.md for what they set.
 PRESETS: dict[str, dict[str, Any]] = {
     "epymarl": {
         "hidden": 128,

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from test_twins import slug
 
 from k24.cli import COMMANDS
 from k24.sharing import SCHEMES
@@ -17,9 +18,16 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        if not target.startswith(("http:", "https:")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http:", "https:")):
+            continue
+        there = page.parent / target if target else page
+        assert there.exists(), f"{page.name} links to {target}, which does not exist"
+        if anchor:
+            text = re.sub(r"^```.*?^```", "", there.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+            assert anchor in map(slug, re.findall(r"^#+ (.*)", text, re.MULTILINE)), (
+                f"{page.name} links to {target}#{anchor}, which is no heading"
+            )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
