@@ -1,6 +1,7 @@
 """Suites of tasks for ``k24 sweep --suite``: what is compared, by which learner, with which settings, and over how many seeds.
 
-A method gets the settings of the task, whichever scheme it is: none is tuned for itself.
+A method gets the settings of the task, whichever scheme it is. Baselines have one set of defaults for all tasks; those of k24 were found on
+some of these tasks (docs/sweep.md).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class SNPConfig:
     def __post_init__(self) -> None:
         """Checks each value."""
         if not 0 <= self.ratio < 1:
-            raise UsageError(f"ratio (={self.ratio}) must lie in [0, 1): 0.3 is usual")
+            raise UsageError(f"ratio (={self.ratio}) must lie in [0, 1), as 0.3")
 
 
 class SNPLinear(SlotLayer):
