@@ -23,8 +23,8 @@ from k24.sparse.patterns import PatternSet
 MAX_HIDDEN = 16_384
 # Beyond any count of steps, episodes or environments.
 MAX_COUNT = 10**12
-# Where another one than K24's own suits masks: a policy that follows critics' gradients loses its way when its masks run ahead of them.
-_ALPHA_LR_SCALE = {"matd3": 1.0}
+# Where others than K24's own suit masks: a policy that follows critics' gradients loses its way when it runs ahead of them.
+_LR_SCALES = {"matd3": {"alpha_lr_scale": 1.0, "weight_lr_scale": 1.0}}
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,8 @@ class TrainConfig:
     @property
     def sharing_config(self) -> SharingConfig:
         """Settings of all schemes, with what is left open filled in by what suits the learner."""
-        masks = self.masks
-        if masks.alpha_lr_scale is None and self.algo in _ALPHA_LR_SCALE:
-            masks = dataclasses.replace(masks, alpha_lr_scale=_ALPHA_LR_SCALE[self.algo])
-        return SharingConfig(masks, self.kaleidoscope, self.snp, self.hypermarl, self.seps)
+        open_: dict[str, Any] = {name: scale for name, scale in _LR_SCALES.get(self.algo, {}).items() if getattr(self.masks, name) is None}
+        return SharingConfig(dataclasses.replace(self.masks, **open_), self.kaleidoscope, self.snp, self.hypermarl, self.seps)
 
     @property
     def critic_sharing(self) -> str:

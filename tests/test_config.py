@@ -93,12 +93,13 @@ def test_presets_of_mujoco_differ_by_what_kaleidoscope_adds():
     assert dataclasses.replace(kaleidoscope, **changed) == plain
 
 
-def test_masks_learn_at_the_rate_that_suits_the_learner():
-    def scale(algo, masks):
-        return TrainConfig(algo=algo, masks=masks).sharing_config.masks.alpha_lr_scale
+@pytest.mark.parametrize("name", ["alpha_lr_scale", "weight_lr_scale"])
+def test_masks_learn_at_the_rate_that_suits_the_learner(name):
+    def scale(algo, **masks):
+        return getattr(TrainConfig(algo=algo, masks=K24Config(**masks)).sharing_config.masks, name)
 
-    assert {algo: scale(algo, K24Config()) for algo in LEARNERS} == dict.fromkeys(LEARNERS) | {"matd3": 1.0}
-    assert scale("matd3", K24Config(alpha_lr_scale=7.0)) == 7.0
+    assert {algo: scale(algo) for algo in LEARNERS} == dict.fromkeys(LEARNERS) | {"matd3": 1.0}
+    assert scale("matd3", **{name: 7.0}) == 7.0
 
 
 def test_the_help_of_a_name_lists_what_there_is():

@@ -25,8 +25,8 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
-# Of alpha's learning rate, where nothing is said: docs/lab-notes.md has what others gave.
-ALPHA_LR_SCALE = 60.0
+# Of the learning rates of alpha and of masked weights, where nothing is said: docs/lab-notes.md has what others gave.
+ALPHA_LR_SCALE, WEIGHT_LR_SCALE = 60.0, 2.0
 Variant = Literal["learned", "random", "shared", "magnitude"]
 
 
@@ -36,8 +36,8 @@ class K24Config(MaskConfig):
 
     alpha_lr_scale: float | None = None
     """Learning rate of alpha, as a multiple of the learner's, which decides whether masks are learned; 60 when not given, MATD3: 1."""
-    weight_lr_scale: float = 2.0
-    """Learning rate of masked weights, as a multiple of the learner's: half as many inputs at twice the pace move an output as far."""
+    weight_lr_scale: float | None = None
+    """Learning rate of masked weights, likewise: half as many inputs at twice the pace move an output as far; 2 if not given, MATD3: 1."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
@@ -62,7 +62,7 @@ class K24Config(MaskConfig):
         super().__post_init__()
         if self.alpha_lr_scale is not None and not self.alpha_lr_scale >= 0:
             raise UsageError(f"alpha_lr_scale {self.alpha_lr_scale} must not be negative")
-        if not self.weight_lr_scale > 0:
+        if self.weight_lr_scale is not None and not self.weight_lr_scale > 0:
             raise UsageError(f"weight_lr_scale {self.weight_lr_scale} must be positive")
         if not self.div_coef >= 0 or self.deque_len < 1:
             raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
@@ -218,9 +218,12 @@ class K24(Sharing):
         Adam moves a weight by about the learning rate, whatever the size of its gradient. Where a mask keeps N of M weights, or an expected
         mask is N/M on average, such steps move an output by N/M of what they would in a dense layer.
         """
-        scale = ALPHA_LR_SCALE if self.config.alpha_lr_scale is None else self.config.alpha_lr_scale
-        weights = [(layer.weight, self.config.weight_lr_scale) for layer in self.masked]
-        return weights + [(layer.alpha, scale) for layer in self.masked if layer.alpha.requires_grad]
+        c = self.config
+        weight = WEIGHT_LR_SCALE if c.weight_lr_scale is None else c.weight_lr_scale
+        alpha = ALPHA_LR_SCALE if c.alpha_lr_scale is None else c.alpha_lr_scale
+        return [(layer.weight, weight) for layer in self.masked] + [
+            (layer.alpha, alpha) for layer in self.masked if layer.alpha.requires_grad
+        ]
 
     def retired(self) -> list[nn.Parameter]:
         """Every alpha, once masks are frozen."""
