@@ -57,7 +57,7 @@ SEVERAL_STEPS = {
     ValueConfig: dataclasses.replace(
         VALUES,
         steps=6400,
-        learner=ValueConfig(lr=3e-3, batch_size=32, buffer_size=256, env_steps_per_update=16, target_update=20, epsilon_anneal=2000),
+        learner=ValueConfig(lr=5e-3, batch_size=32, buffer_size=256, env_steps_per_update=16, target_update=20, epsilon_anneal=2000),
     ),
     PPOConfig: dataclasses.replace(POLICIES, steps=6400, envs=32, hidden=16, learner=PPOConfig(lr=5e-3, critic_lr=5e-3, epochs=5)),
 }
@@ -119,6 +119,10 @@ def test_every_learner_lets_agents_specialise_by_every_scheme(tmp_path, algo, sh
     config = by(algo, ONE_STEP, sharing=sharing, task=task, seps=SePSConfig(random_play=256))
     if LEARNERS[algo].settings is ValueConfig and sharing == "kaleidoscope":
         config = dataclasses.replace(config, steps=2400)  # it starts with agents that are nearly alike, and takes longer to tell them apart
+    if algo == "iql" and sharing == "k24_shared":
+        # Independent learners that only an index tells apart settle for half the return now and then, the sooner the faster they learn; and
+        # masked weights learn at twice the rate.
+        config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, lr=1e-3))
     assert learned(config, tmp_path) == pytest.approx(GAMES[config.task].optimal_return)
 
 
