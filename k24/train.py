@@ -105,35 +105,48 @@ def default_folder(config: TrainConfig) -> Path:
     return Path("results") / config.task / f"{config.algo}-{config.sharing}" / f"seed{config.seed}"
 
 
+def check_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
+    """Checks that a run may start in a folder, or go on there; writes nothing.
+
+    Raises:
+        UsageError: It exists and ``resume`` is not set, it holds a run of another configuration, or it can't be read.
+    """
+    try:
+        held = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    if not held:
+        return
+    if not resume:
+        raise UsageError(f"run folder {folder} exists: add --resume to go on with it, or choose another --out")
+    if "config.yaml" in held:
+        difference = first_difference(load_config(folder / "config.yaml"), config, MAY_DIFFER)
+        if difference is not None:
+            name, old, new = difference
+            raise UsageError(
+                f"{folder} was started with {name}={old}, now it is {new}: resume with the same settings, or choose another --out"
+            )
+    elif held != {"config.yaml.tmp"}:
+        raise UsageError(f"{folder} is not empty and holds no config.yaml: choose another --out")
+
+
 def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
     """Makes a run folder, or checks that one may be resumed.
 
     Raises:
-        UsageError: It exists and ``resume`` is not set, it holds a run of another configuration, or it can't be written.
+        UsageError: As for :func:`check_folder`, or it can't be written.
     """
+    check_folder(config, folder, resume)
     try:
-        _prepare_folder(config, folder, resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.yaml").exists():
+            save_config(config, folder / "config.yaml")
     except OSError as error:
-        raise UsageError(f"cannot write the run folder {folder} ({error.strerror}): choose another --out") from error
+        raise _cannot_write(folder, error) from error
 
 
-def _prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
-    written = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir()):
-        if not resume:
-            raise UsageError(f"run folder {folder} exists: add --resume to go on with it, or choose another --out")
-        if written.exists():
-            difference = first_difference(load_config(written), config, MAY_DIFFER)
-            if difference is not None:
-                name, old, new = difference
-                raise UsageError(
-                    f"{folder} was started with {name}={old}, now it is {new}: resume with the same settings, or choose another --out"
-                )
-            return
-        if any(p.name != "config.yaml.tmp" for p in folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no config.yaml: choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, written)
+def _cannot_write(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write the run folder {folder} ({error.strerror}): choose another --out")
 
 
 def train(
@@ -172,6 +185,7 @@ def _train(
     should_stop: Callable[[], bool] | None,
 ) -> Result:
     folder, config = folder or default_folder(config), pinned(config)
+    check_folder(config, folder, resume)  # before environments are built, which takes seconds
     device = resolve_device(config.device)
     torch.set_num_threads(config.threads)
     keep_freed_memory()
