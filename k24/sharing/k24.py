@@ -46,8 +46,8 @@ class K24Config(MaskConfig):
     """Which diversity loss."""
     deque_len: int = 100
     """Gradient steps averaged by the adaptive coefficient."""
-    reset_interval: int = 10_000
-    """Gradient steps between resets; 0 for none."""
+    reset_interval: int = 0
+    """Gradient steps between resets; 0 for none, since no case is known where they help (docs/lab-notes.md)."""
     reset_ratio: float = 0.1
     """Share of the never-selected entries that a reset draws anew."""
     adaptive_reset: bool = False
@@ -100,6 +100,8 @@ def idle_settings(config: K24Config, variant: Variant) -> dict[str, str]:
         found["normalise"] = f"logits is {config.logits}, and it normalises those of sum"
     if config.forward not in ("gumbel", "gumbel_soft"):
         found["temperature_on"] = f"forward is {config.forward}, and only gumbel and gumbel_soft add noise that a temperature could divide"
+    if config.reset_interval == 0 and not config.adaptive_reset:
+        found["reset_ratio"] = "reset_interval is 0 and adaptive_reset is off"
     if config.ema_every == 0:
         found |= dict.fromkeys(_EMA, "ema_every is 0")
     if config.div_coef == 0:
