@@ -175,6 +175,10 @@ def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(t
             "--tasks toy/matrix --sharing k24_random:alpha_lr_scale=5",
             "toy/matrix qmix-k24_random,alpha_lr_scale=5: alpha_lr_scale would change nothing: the masks are drawn once and never learn",
         ),
+        (
+            "--tasks toy/matrix --sharing k24:reset_ratio=0.5",
+            "toy/matrix qmix-k24,reset_ratio=0.5: reset_ratio would change nothing: reset_interval is 0 and adaptive_reset is off",
+        ),
         ("--tasks toy/matrix --sharing k24:snp.ratio=0.5", "toy/matrix qmix-k24,snp.ratio=0.5: snp.ratio would change nothing: it is a"),
         ("--tasks toy/matrix --sharing snp:ratio=0.5", "toy/matrix qmix-snp,ratio=0.5: --ratio is an option of snp: write --snp.ratio"),
         ("--tasks toy/specialisation,n_agents", "task 'toy/specialisation,n_agents' is not of the form TASK or TASK,name=value"),
