@@ -7,6 +7,7 @@ it). Reported is the mean squared error over the variance of the targets, with t
 
     python examples/hetero_regression.py --sharing k24 --agents 8
     python examples/hetero_regression.py --sharing k24 fups_bias nops --agents 2 3 8 16 32 --match macs --png regression.png
+    python examples/hetero_regression.py --sharing k24 multihead --agents 2 3 8 16 32 --json regression.json   # can be stopped, and goes on
 
 The formulation that k24 started from, in this script's options: docs/algorithm.md.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ import tyro
 from torch import Tensor, nn
 
 from k24.export import linear_of
+from k24.files import write_atomically
 from k24.inspection import deployed_bytes
 from k24.sharing import SCHEMES, HyperMARLConfig, K24Config, KaleidoscopeConfig, Sharing, SharingConfig, SNPConfig, make_sharing
 from k24.sparse import apply_slots
@@ -50,6 +52,8 @@ class Options:
     """What is equal between schemes: hidden units, or as near as can be the multiply-adds or the deployed bytes of k24 at --hidden."""
     png: Path | None = None
     """Draw the error over the number of agents into this file."""
+    json: Path | None = None
+    """Keep what is measured in this file, case by case: the same command then goes on after a stop, and the picture is drawn from it."""
     seeds: int = 5
     """Runs, with seeds 0, 1, 2, …"""
     steps: int = 3000
@@ -69,6 +73,11 @@ class Options:
     def schemes(self) -> SharingConfig:
         """Settings of all schemes."""
         return SharingConfig(self.masks, self.kaleidoscope, self.snp, self.hypermarl)
+
+    def settings(self) -> dict[str, Any]:
+        """All that changes a number, as JSON has it."""
+        asked = {key: value for key, value in asdict(self).items() if key not in ("sharing", "agents", "png", "json")}
+        return json.loads(json.dumps(asked))
 
 
 class Student(nn.Module):
@@ -171,6 +180,21 @@ def run(options: Options, scheme: str, agents: int, hidden: int, seed: int) -> d
     return {"nmse": nmse, "mask_hamming": distance, **cost(student)}
 
 
+def measured(options: Options) -> list[dict]:
+    """Rows of an earlier run with the same settings, from ``options.json``."""
+    if options.json is None or not options.json.exists():
+        return []
+    try:
+        kept = json.loads(options.json.read_text())
+        settings, rows = kept["settings"], kept["rows"]
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{options.json} is not what --json writes: name another file") from None
+    for key, value in options.settings().items():
+        if settings.get(key) != value:
+            raise SystemExit(f"{options.json} was measured with {key}={settings.get(key)}, now it is {value}: name another file")
+    return rows
+
+
 def draw(rows: list[dict], path: Path, match: str) -> None:
     """The error over the number of agents, a line for each scheme, with the range of its seeds."""
     import matplotlib
@@ -209,25 +233,32 @@ def main() -> None:
         if scheme == "seps":
             raise SystemExit("seps groups agents by what random play shows of them, and nothing is played here: leave it out")
     torch.set_num_threads(1)
-    rows = []
+    rows = measured(options)
+    done = {(row["sharing"], row["agents"]) for row in rows}
     for agents in options.agents:
         print(f"| {agents} agents | hidden | error of {options.seeds} seeds (range) | multiply-adds | bytes | mask distance | s |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for scheme in options.sharing:
-            start, hidden = time.perf_counter(), matched(options, scheme, agents)
-            found = [run(options, scheme, agents, hidden, seed) for seed in range(options.seeds)]
-            row: dict[str, Any] = {key: statistics.fmean(r[key] for r in found) for key in found[0]}
-            by_seed = [r["nmse"] for r in found]
-            row |= {"nmse_by_seed": [round(value, 5) for value in by_seed], "sharing": scheme, "agents": agents, "hidden": hidden}
-            rows.append(row)
+            start = time.perf_counter()
+            if (scheme, agents) not in done:
+                hidden = matched(options, scheme, agents)
+                found = [run(options, scheme, agents, hidden, seed) for seed in range(options.seeds)]
+                row: dict[str, Any] = {key: statistics.fmean(r[key] for r in found) for key in found[0]}
+                by_seed = [round(r["nmse"], 5) for r in found]
+                rows.append(row | {"nmse_by_seed": by_seed, "sharing": scheme, "agents": agents, "hidden": hidden})
+                if options.json is not None:
+                    write_atomically(options.json, json.dumps({"settings": options.settings(), "rows": rows}).encode())
+            row = next(row for row in rows if (row["sharing"], row["agents"]) == (scheme, agents))
             print(
-                f"| {scheme} | {hidden} | {row['nmse']:.4f} ({min(by_seed):.4f} to {max(by_seed):.4f}) | {row['macs']:,.0f} | "
-                f"{row['bytes']:,.0f} | {row['mask_hamming']:.2f} | {(time.perf_counter() - start) / options.seeds:.0f} |",
+                f"| {scheme} | {row['hidden']} | {row['nmse']:.4f} ({min(row['nmse_by_seed']):.4f} to {max(row['nmse_by_seed']):.4f}) | "
+                f"{row['macs']:,.0f} | {row['bytes']:,.0f} | {row['mask_hamming']:.2f} | "
+                f"{(time.perf_counter() - start) / options.seeds:.0f} |",
                 flush=True,
             )
+    asked = [row for row in rows if row["sharing"] in options.sharing and row["agents"] in options.agents]
     if options.png is not None:
-        draw(rows, options.png, options.match)
-    print(json.dumps(rows[0] if len(rows) == 1 else {"match": options.match, "rows": rows}))
+        draw(asked, options.png, options.match)
+    print(json.dumps(asked[0] if len(asked) == 1 else {"match": options.match, "rows": asked}))
 
 
 if __name__ == "__main__":

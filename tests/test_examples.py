@@ -115,3 +115,41 @@ def test_benchmarl_trains_masked_policies(tmp_path: Path) -> None:
     assert 0 < first_number(said["distance of masks"]) <= 0.6
     # Of 18 observations the last two are kept by all: (10·64 + 32·64 + 32·4) weights of the (18·64 + 64·64 + 64·4).
     assert first_number(said["share of weights"]) == pytest.approx(2816 / 5504, abs=1e-3)
+
+
+def regression(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / "hetero_regression.py"), *map(str, options)]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+
+
+def test_the_regression_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    kept = tmp_path / "rows.json"
+    options = ("--sharing", "k24", "fups_bias", "--match", "macs", "--steps", 100, "--seeds", 2, "--json", kept)
+    first = regression(*options, "--agents", 2)
+    assert first.returncode == 0, first.stderr[-2000:]
+    found = json.loads(first.stdout.splitlines()[-1])["rows"]
+    assert [(row["sharing"], row["hidden"]) for row in found] == [("k24", 64), ("fups_bias", 44)]
+    assert all(len(row["nmse_by_seed"]) == 2 and 0 < row["nmse"] < 0.5 for row in found)
+
+    # What stands in the file is not run again: a number that no run gives stays.
+    changed = json.loads(kept.read_text())
+    changed["rows"][0]["nmse"] = 7.0
+    kept.write_text(json.dumps(changed))
+    second = regression(*options, "--agents", 2, 3, "--png", tmp_path / "rows.png")
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert [(row["sharing"], row["agents"], row["nmse"] == 7.0) for row in json.loads(second.stdout.splitlines()[-1])["rows"]] == [
+        ("k24", 2, True),
+        ("fups_bias", 2, False),
+        ("k24", 3, False),
+        ("fups_bias", 3, False),
+    ]
+    assert matplotlib.image.imread(tmp_path / "rows.png").ndim == 3
+
+
+def test_the_regression_refuses_what_was_measured_otherwise(tmp_path: Path) -> None:
+    kept = tmp_path / "rows.json"
+    assert regression("--agents", 2, "--steps", 5, "--seeds", 1, "--json", kept).returncode == 0
+    before = kept.read_bytes()
+    other = regression("--agents", 2, "--steps", 6, "--seeds", 1, "--json", kept)
+    assert (other.returncode, other.stdout, other.stderr) == (1, "", f"{kept} was measured with steps=5, now it is 6: name another file\n")
+    assert kept.read_bytes() == before
