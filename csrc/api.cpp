@@ -18,7 +18,9 @@ struct k24_net {
   const Isa* isa;
   void* impl;
   int64_t slots, in, out, hidden, macs;  // macs: multiply-adds of one row
-  bool shared;
+  bool shared;                           // a layer has one dense weight and a mask per slot
+  int64_t common;                        // layers in which slots do not differ
+  int64_t layers;
 };
 
 namespace {
@@ -32,7 +34,7 @@ const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
 constexpr int64_t CHUNK = 128;            // batch rows that go through the net together: weights are read once for all of them
-constexpr int64_t SHARED_CHUNK = 512;     // with shared weights rows of several slots go together
+constexpr int64_t MIXED_CHUNK = 512;      // where rows of several slots go together
 constexpr int64_t THREAD_MACS = 400'000;  // less work than this per thread does not pay for waking it
 
 const Isa* isa_of(int32_t isa) {
@@ -64,7 +66,7 @@ struct Task {
   std::vector<Rows> parts;
 };
 
-// Cuts the rows of all slots into tasks of at most `chunk` rows; a task of a packed net stays within one slot.
+// Cuts the rows of all slots into tasks of at most `chunk` rows; without `mix` a task stays within one slot.
 std::vector<Task> tasks_of(const int64_t* starts, int64_t slots, int64_t chunk, bool mix) {
   std::vector<Task> tasks;
   for (int64_t a = 0; a < slots; ++a)
@@ -79,25 +81,45 @@ std::vector<Task> tasks_of(const int64_t* starts, int64_t slots, int64_t chunk, 
   return tasks;
 }
 
-void run_sorted(const k24_net& net, const float* x, const float* h, float* y, float* h_next, const int64_t* starts, int32_t threads) {
-  const int64_t rows = starts[net.slots];
+// Rows of different slots go through the net together where a layer does not tell them apart, unless each slot has enough of its own to
+// fill panels from the first layer to the last.
+bool mixes(const k24_net& net, int64_t slots, int64_t rows) {
+  return slots > 1 && (net.shared || (net.common && rows < slots * PANEL_ROWS));
+}
+
+void run_sorted(const k24_net& net, const float* x, const float* h, float* y, float* h_next, const int64_t* starts, int64_t slots,
+                int32_t threads) {
+  const int64_t rows = starts[slots];
+  const int64_t whole[2] = {0, rows};
+  if (net.common == net.layers) starts = whole, slots = 1;  // nothing tells slots apart
   if (forked) threads = 1;
   threads = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(threads, rows * net.macs / THREAD_MACS)));
-  int64_t chunk = net.shared ? SHARED_CHUNK : CHUNK;
+  const bool mix = mixes(net, slots, rows);
+  int64_t chunk = mix ? MIXED_CHUNK : CHUNK;
   if (threads > 1) chunk = std::min(chunk, std::max<int64_t>(16, rows / (threads * 4) / 16 * 16));
   const auto run = [&](int64_t row, int64_t count, const Rows* parts, size_t n) {
     net.isa->run(net.impl, x + row * net.in, h + row * net.hidden, y + row * net.out, h_next + row * net.hidden, count, parts,
                  static_cast<int64_t>(n), poison);
   };
-  if (threads == 1 && !net.shared) {  // the common case, without allocating anything
-    for (int64_t a = 0; a < net.slots; ++a)
+  // The common cases, without allocating anything.
+  constexpr int64_t FEW = 64;
+  if (threads == 1 && !mix) {
+    for (int64_t a = 0; a < slots; ++a)
       for (int64_t row = starts[a]; row < starts[a + 1]; row += chunk) {
         const Rows part{a, 0, std::min(chunk, starts[a + 1] - row)};
         run(row, part.rows, &part, 1);
       }
     return;
   }
-  const std::vector<Task> tasks = tasks_of(starts, net.slots, chunk, net.shared);
+  if (threads == 1 && slots <= FEW && rows <= chunk) {
+    Rows parts[FEW];
+    size_t n = 0;
+    for (int64_t a = 0; a < slots; ++a)
+      if (starts[a + 1] > starts[a]) parts[n++] = {a, starts[a], starts[a + 1] - starts[a]};
+    if (n) run(0, rows, parts, n);
+    return;
+  }
+  const std::vector<Task> tasks = tasks_of(starts, slots, chunk, mix);
   std::atomic<bool> failed{false};  // an exception must not leave a parallel region
   const int64_t n = static_cast<int64_t>(tasks.size());
 #ifdef _OPENMP
@@ -126,7 +148,7 @@ void run_mixed(const k24_net& net, const float* x, const float* h, float* y, flo
     copy(xs + i * net.in, x + row * net.in, net.in);
     if (net.hidden) copy(hs + i * net.hidden, h + row * net.hidden, net.hidden);
   }
-  if (live) run_sorted(net, xs, hs, ys, after, sorted.starts.data(), threads);
+  if (live) run_sorted(net, xs, hs, ys, after, sorted.starts.data(), net.slots, threads);
   if (live < rows) {
     std::memset(y, 0, static_cast<size_t>(rows * net.out) * sizeof(float));
     if (net.hidden) std::memset(h_next, 0, static_cast<size_t>(rows * net.hidden) * sizeof(float));
@@ -183,11 +205,13 @@ k24_net* k24_create(int32_t isa, int64_t slots, int64_t n_layers, const k24_laye
     net->isa = chosen;
     net->slots = slots;
     net->in = layers[0].in;
+    net->layers = n_layers;
     for (int64_t i = 0; i < n_layers; ++i) {
       net->macs += layers[i].in * layers[i].out;
       net->out = layers[i].role == K24_LINEAR ? layers[i].out : layers[i].out / 3;
       if (layers[i].role == K24_GRU_RECURRENT) net->hidden = layers[i].in;
       net->shared |= layout == K24_SHARED && layers[i].codes;
+      net->common += is_common(layers[i]);
     }
     net->impl = chosen->create(slots, n_layers, layers, layout, values);
     return net;
@@ -218,7 +242,7 @@ int32_t k24_run(const k24_net* net, const float* x, const float* h, float* y, fl
     int64_t* starts = few;
     if (net->slots >= 65) many.resize(static_cast<size_t>(net->slots) + 1), starts = many.data();
     for (int64_t a = 0; a <= net->slots; ++a) starts[a] = a * (rows / net->slots);
-    run_sorted(*net, x, h, y, h_next, starts, threads);
+    run_sorted(*net, x, h, y, h_next, starts, net->slots, threads);
     return 0;
   } catch (...) {
     return -1;

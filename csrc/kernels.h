@@ -13,7 +13,8 @@
 //            weights of a tile come from the first-level cache for all but the first.
 //
 // From 14 batch rows of a slot on, a packed net runs in *panels*: batch rows in the lanes, from its first layer to its last. They read the
-// same packed streams, and nothing is picked: a nibble is the address of an input.
+// same packed streams, and nothing is picked: a nibble is the address of an input. Where slots have fewer rows, those of all slots are one
+// block to a layer in which slots do not differ, and from 14 of them on such a layer runs in panels by itself.
 //
 // Wide layers are cut along the inputs so that what all batch rows pass over stays in the first-level cache. However a layer is run, every
 // output is the same sum in the same order: bias, then kept weights from the first input to the last.
@@ -119,6 +120,7 @@ struct Layer {
   Form form;
   int32_t role;  // of k24_role
   bool relu;
+  bool common;                      // slots do not differ
   int64_t in, out;                  // as stored
   int64_t padded_in;                // to whole groups: what is read of an activation row
   int64_t segment, padded_segment;  // output rows per gate of a GRU (all of them elsewhere), and padded to whole tiles
@@ -190,6 +192,7 @@ inline void pack_bits(uint32_t* to, const Layer& layer, const uint8_t* codes) {
 inline void pack(Layer& layer, const k24_layer& from, int32_t layout, int32_t values) {
   layer.role = from.role;
   layer.relu = from.relu != 0;
+  layer.common = is_common(from);
   layer.in = from.in, layer.out = from.out;
   layer.padded_in = round_up(from.in, 4);
   layer.segment = from.role == K24_LINEAR ? from.out : from.out / 3;
@@ -366,6 +369,63 @@ void panel_linear(const Layer& layer, int64_t slot, const float* x, float* y) {
   }
 }
 
+// Rows [rows, width] into a panel [padded][lanes], zeros where there is nothing.
+inline void to_panel(float* panel, int64_t lanes, int64_t padded, const float* from, int64_t width, int64_t rows) {
+  for (int64_t b = 0; b < lanes; b += LANES) {
+    const int64_t some = std::max<int64_t>(0, std::min<int64_t>(LANES, rows - b));
+    for (int64_t k = 0; k < padded; k += LANES) {
+      const int64_t wide = std::min<int64_t>(LANES, padded - k), real = std::max<int64_t>(0, std::min(wide, width - k));
+      F block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = i < some ? load_some(from + (b + i) * width + k, real) : zero();
+      transpose(block);
+      for (int64_t i = 0; i < wide; ++i) store(panel + (k + i) * lanes + b, block[i]);
+    }
+  }
+}
+
+inline void from_panel(float* to, int64_t width, int64_t rows, const float* panel, int64_t lanes) {
+  for (int64_t b = 0; b < rows; b += LANES) {
+    const int64_t some = std::min<int64_t>(LANES, rows - b);
+    for (int64_t k = 0; k < width; k += LANES) {
+      const int64_t real = std::min<int64_t>(LANES, width - k);
+      F block[LANES];
+      for (int i = 0; i < LANES; ++i) block[i] = load(panel + (k + i) * lanes + b);  // a panel has whole tiles of rows
+      transpose(block);
+      for (int64_t i = 0; i < some; ++i) store_some(to + (b + i) * width + k, block[i], real);
+    }
+  }
+}
+
+// Calls f<V>(first row, rows) for panels of 32 rows where registers allow, then of 16; returns how many rows are left, too few for a panel.
+template <class Function>
+K24_INLINE int64_t by_panels(int64_t rows, Function f) {
+  constexpr int64_t SMALL = 16, LARGE = 2 * LANES, EMPTY = SMALL - PANEL_ROWS;
+  int64_t row = 0;
+  while (rows - row >= PANEL_ROWS) {
+    const int64_t left = rows - row, some = std::min<int64_t>(left >= LARGE - EMPTY ? LARGE : SMALL, left);
+    if (some > SMALL || SMALL == LARGE)
+      f(std::integral_constant<int, LARGE / LANES>{}, row, some);
+    else
+      f(std::integral_constant<int, SMALL / LANES>{}, row, some);
+    row += some;
+  }
+  return rows - row;
+}
+
+// A packed layer on rows that came as rows and go on as rows: in panels as far as they fill some; returns how many rows are left.
+template <class Pairs>
+int64_t panels_linear(const Layer& layer, int64_t slot, const float* x, int64_t ldx, float* y, int64_t rows) {
+  static thread_local Buffer inputs, outputs;
+  return by_panels(rows, [&](auto v, int64_t row, int64_t some) {
+    constexpr int64_t WIDTH = v() * LANES;
+    float* from = reinterpret_cast<float*>(inputs.resize(layer.padded_in * WIDTH * 4));
+    float* to = reinterpret_cast<float*>(outputs.resize(layer.padded_out() * WIDTH * 4));
+    to_panel(from, WIDTH, layer.padded_in, x + row * ldx, ldx, some);
+    panel_linear<Pairs, v()>(layer, slot, from, to);
+    from_panel(y + row * layer.padded_out(), layer.padded_out(), some, to, WIDTH);
+  });
+}
+
 // As packed_block over `inputs` inputs. MASKED: each weight counts where the slot's bit is set.
 template <bool MASKED, int T, int NB>
 void dense_block(const float* w, int64_t tile_floats, const uint32_t* bits, int64_t tile_words, const float* x, int64_t ldx,
@@ -467,7 +527,11 @@ void packed_pass(const Layer& layer, int64_t slot, int64_t g, int64_t count, con
 }
 
 template <class Pairs>
-void packed_linear(const Layer& layer, bool far, const Rows& s, const float* x, int64_t ldx, float* y, int64_t ldy) {
+void packed_linear(const Layer& layer, bool far, Rows s, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  if (const int64_t left = panels_linear<Pairs>(layer, s.slot, x, ldx, y, s.rows); left < s.rows) {
+    if (left == 0) return;
+    x += (s.rows - left) * ldx, y += (s.rows - left) * ldy, s.rows = left;
+  }
   const int64_t groups = layer.padded_in / 4;
   if (s.rows <= FEW_ROWS) return packed_pass<Pairs, false, FEW_ROWS_TILES, FEW_ROWS>(layer, s.slot, 0, groups, x, ldx, y, ldy, s.rows);
   // What comes from beyond the second-level cache had better come in one stream per tile.
@@ -486,6 +550,11 @@ void packed_linear(const Layer& layer, bool far, const Rows& s, const float* x, 
 }
 
 inline void linear(const Layer& layer, bool far, const Rows* segments, int64_t count, const float* x, int64_t ldx, float* y, int64_t ldy) {
+  Rows all{0, segments[0].row, 0};
+  if (layer.common && count > 1) {
+    for (int64_t i = 0; i < count; ++i) all.rows += segments[i].rows;
+    segments = &all, count = 1;
+  }
   const auto each = [&](auto f) {
     for (int64_t i = 0; i < count; ++i) f(segments[i], x + segments[i].row * ldx, y + segments[i].row * ldy);
   };
@@ -584,33 +653,6 @@ struct Scratch {
   Buffer a, b, c, h, next;
 };
 
-// Rows [rows, width] into a panel [padded][lanes], zeros where there is nothing.
-inline void to_panel(float* panel, int64_t lanes, int64_t padded, const float* from, int64_t width, int64_t rows) {
-  for (int64_t b = 0; b < lanes; b += LANES) {
-    const int64_t some = std::max<int64_t>(0, std::min<int64_t>(LANES, rows - b));
-    for (int64_t k = 0; k < padded; k += LANES) {
-      const int64_t wide = std::min<int64_t>(LANES, padded - k), real = std::max<int64_t>(0, std::min(wide, width - k));
-      F block[LANES];
-      for (int i = 0; i < LANES; ++i) block[i] = i < some ? load_some(from + (b + i) * width + k, real) : zero();
-      transpose(block);
-      for (int64_t i = 0; i < wide; ++i) store(panel + (k + i) * lanes + b, block[i]);
-    }
-  }
-}
-
-inline void from_panel(float* to, int64_t width, int64_t rows, const float* panel, int64_t lanes) {
-  for (int64_t b = 0; b < rows; b += LANES) {
-    const int64_t some = std::min<int64_t>(LANES, rows - b);
-    for (int64_t k = 0; k < width; k += LANES) {
-      const int64_t real = std::min<int64_t>(LANES, width - k);
-      F block[LANES];
-      for (int i = 0; i < LANES; ++i) block[i] = load(panel + (k + i) * lanes + b);  // a panel has whole tiles of rows
-      transpose(block);
-      for (int64_t i = 0; i < some; ++i) store_some(to + (b + i) * width + k, block[i], real);
-    }
-  }
-}
-
 // Runs at most V registers of rows of one slot, batch rows in the lanes from the first layer to the last.
 template <class Pairs, int V>
 void run_panel(const Net& net, int64_t slot, const float* x, const float* h, float* y, float* h_next, int64_t rows, Scratch& scratch,
@@ -641,23 +683,14 @@ void run_panel(const Net& net, int64_t slot, const float* x, const float* h, flo
   from_panel(y, net.out, rows, there, WIDTH);
 }
 
-// Rows of one slot in panels of 32 where registers allow, then of 16; returns how many rows are left, too few for a panel.
+// Rows of one slot in panels; returns how many are left.
 template <class Pairs>
 int64_t run_panels(const Net& net, int64_t slot, const float* x, const float* h, float* y, float* h_next, int64_t rows, Scratch& scratch,
                    bool poison) {
-  constexpr int64_t SMALL = 16, LARGE = 2 * LANES, EMPTY = 2;  // a panel with more empty lanes loses more than it wins
-  int64_t row = 0;
-  while (rows - row >= SMALL - EMPTY) {
-    const int64_t left = rows - row, some = std::min<int64_t>(left >= LARGE - EMPTY ? LARGE : SMALL, left);
-    const float *xs = x + row * net.in, *hs = h + row * net.hidden;
-    float *ys = y + row * net.out, *next = h_next + row * net.hidden;
-    if (some > SMALL || SMALL == LARGE)
-      run_panel<Pairs, LARGE / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
-    else
-      run_panel<Pairs, SMALL / LANES>(net, slot, xs, hs, ys, next, some, scratch, poison);
-    row += some;
-  }
-  return rows - row;
+  return by_panels(rows, [&](auto v, int64_t row, int64_t some) {
+    run_panel<Pairs, v()>(net, slot, x + row * net.in, h + row * net.hidden, y + row * net.out, h_next + row * net.hidden, some, scratch,
+                          poison);
+  });
 }
 
 // Runs rows that lie one after the other, cut into segments of one slot each.
@@ -665,7 +698,7 @@ inline void run_rows(const Net& net, const float* x, const float* h, float* y, f
                      int64_t n_parts, bool poison) {
   static thread_local Scratch scratch;
   Rows rest{};
-  if (net.panels != Panels::NONE) {
+  if (net.panels != Panels::NONE && n_parts == 1) {
     const int64_t slot = parts[0].slot;
     const int64_t left = net.panels == Panels::FP32 ? run_panels<Fp32Pairs>(net, slot, x, h, y, h_next, rows, scratch, poison)
                                                     : run_panels<Bf16Pairs>(net, slot, x, h, y, h_next, rows, scratch, poison);
