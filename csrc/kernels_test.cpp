@@ -86,7 +86,7 @@ struct Layer {
   k24_layer raw;
 
   Layer(int64_t in, int64_t out, int64_t slots, int32_t role, bool masked, Fence fence)
-      : Layer(in, out, masked || chance(30) ? 1 : slots, masked ? (chance(80) ? slots : 1) : 0, chance(50) ? slots : 1, role, fence) {}
+      : Layer(in, out, masked || chance(30) ? 1 : slots, masked ? (chance(60) ? slots : 1) : 0, chance(50) ? slots : 1, role, fence) {}
 
   Layer(int64_t in, int64_t out, int64_t weight_slots, int64_t code_slots, int64_t bias_slots, int32_t role, Fence fence)
       : weight(weight_slots * out * in, fence), bias(bias_slots * out, fence), codes(code_slots * out * ((in + 3) / 4), fence) {

@@ -20,7 +20,7 @@ import torch
 from k24.errors import CheckpointError
 from k24.files import atomic_file, write_atomically
 
-FORMAT = 4
+FORMAT = 5
 KEEP = 2
 
 

@@ -69,7 +69,7 @@ def inspect_net(net: Net) -> dict[str, Any]:
 
     Returns:
         ``overall_sparsity`` (of the masked layers where there are any), ``pattern_entropy`` (bits of the chosen patterns' usage; None
-        without masks), ``mask_hamming``, ``params`` (values stored, masks aside), ``macs_per_act`` (multiply-adds of one joint action:
+        without masks), ``mask_hamming`` (of the layers with a mask for each slot where there are any), ``params`` (values stored, masks aside), ``macs_per_act`` (multiply-adds of one joint action:
         every weight that an agent keeps), ``bytes``; and for the tables ``layers`` (name, sparsity per layer), ``distance``
         (``[A, A]``), ``pattern_usage``.
     """
@@ -77,7 +77,9 @@ def inspect_net(net: Net) -> dict[str, Any]:
     everyones = [mask.expand(net.n_slots, -1, -1) for mask in masks]
     coded = [layer for layer in net.linears if layer.codes is not None]
     counted = [mask for mask, layer in zip(masks, net.linears, strict=True) if layer.codes is not None] or everyones
-    distance = mask_distance(everyones)
+    # As in training, what agents share by design says nothing of how far apart they are.
+    own = [mask for mask, layer in zip(masks, net.linears, strict=True) if layer.codes is not None and len(mask) > 1] or everyones
+    distance = mask_distance(own)
     result: dict[str, Any] = {
         "overall_sparsity": 1 - float(sum(m.sum() for m in counted)) / sum(m.numel() for m in counted),
         "pattern_entropy": None,

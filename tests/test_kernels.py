@@ -50,6 +50,12 @@ def recurrent(inputs: int, hidden: int, outputs: int, slots: int = 3, **options)
     return Net((first, gru(hidden, hidden, slots, **options), last), slots)
 
 
+def common_gru(inputs: int, hidden: int, outputs: int, slots: int = 3, **options) -> Net:
+    """The same with one mask for all in the GRU, as by default."""
+    first, last = linear(inputs, hidden, slots, relu=True, **options), linear(hidden, outputs, slots, **options)
+    return Net((first, gru(hidden, hidden, slots, code_slots=1, **options), last), slots)
+
+
 def operands(net: Net, rows: int, mixed: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Blocks of so many rows per slot; or so many mixed rows, about one in eight of them of no slot."""
     shape = (rows,) if mixed else (net.n_slots, rows)
@@ -148,6 +154,7 @@ def test_slots(name: str) -> None:
 
 
 NETS = {
+    "a GRU that all share": lambda: common_gru(18, 64, 5, 4),
     "one layer": lambda: Net((linear(9, 6),), 3),
     "a layer with ReLU at the end": lambda: Net((linear(9, 6, relu=True),), 3),
     "only a GRU": lambda: Net((gru(9, 6),), 3),

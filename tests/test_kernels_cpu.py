@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels import NETS, assert_equals_reference, gru, linear, nets, operands, recurrent
+from test_kernels import NETS, assert_equals_reference, common_gru, gru, linear, nets, operands, recurrent
 
 from k24.errors import UsageError
 from k24.kernels import GRU, Net, cpu, prepare, reference
@@ -319,12 +319,13 @@ def test_library_of_another_version(no_library, tmp_path: Path) -> None:
 
 
 @kernels
+@pytest.mark.parametrize("common", ["nothing", "the GRU", "everything"])
 @pytest.mark.parametrize("isa", sorted(cpu.ISAS))
-def test_outputs_depend_on_nothing_but_their_own_row(isa: str) -> None:
-    """Not on how many rows come with it, nor on threads, nor on whether masks are packed, bits, or multiplied in."""
+def test_outputs_depend_on_nothing_but_their_own_row(isa: str, common: str) -> None:
+    """Not on how many rows come with it, of this slot or of others, nor on threads, nor on whether masks are packed, bits, or multiplied in."""
     if cpu.ISAS[isa] > cpu.ISAS[cpu.best_isa() or "avx2"]:
         pytest.skip(f"this CPU has no {isa}")
-    net = recurrent(18, 100, 5)
+    net = common_gru(18, 100, 5) if common == "the GRU" else recurrent(18, 100, 5, code_slots=3 if common == "nothing" else 1)
     x, h, _ = operands(net, 131)
     wanted = cpu.Cpu(net, 1, isa=isa)(x, h)
     for form in (cpu.Cpu(net, 1, isa=isa), cpu.Cpu(net, 2, isa=isa), cpu.Cpu(net, 1, "shared", isa), cpu.Cpu(net.dense(), 1, isa=isa)):

@@ -237,7 +237,7 @@ def test_every_slot_is_asked_alike_without_recurrence() -> None:
 
 
 def test_only_the_learners_own_pass_is_observed() -> None:
-    net = some_net("k24", ema_momentum=0.0)
+    net = some_net("k24", ema_momentum=0.0, own_masks="all")
     obs, h = some_inputs()
     weights = net.materialise("train")
     layers = {name: layer for name, layer in net.layers.items() if isinstance(layer, MaskedLinear)}

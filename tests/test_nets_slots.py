@@ -29,7 +29,7 @@ AGENTS, SLOTS, HIDDEN, OBS, ACTIONS = 4, 3, 8, 6, 5
 
 def make_net(scheme: str = "k24", seed: int = 0) -> AgentNet:
     torch.manual_seed(seed)
-    sharing = make_sharing(scheme, SLOTS, SharingConfig(masks=K24Config(ema_every=1)))
+    sharing = make_sharing(scheme, SLOTS, SharingConfig(masks=K24Config(ema_every=1, own_masks="all")))
     net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, sharing)
     with torch.no_grad():
         for layer in net.layers.values():

@@ -174,8 +174,53 @@ def test_a_dense_recurrent_part_on_request(name: str) -> None:
     assert len(sharing.masked) == 4  # type: ignore[attr-defined]
 
 
+OWN = {"all": {"fc1", "gru_input", "gru_recurrent", "fc2", "fc3", "fc4"}, "feedforward": {"fc1", "fc2", "fc3", "fc4"}, "ends": {"fc1", "fc4"}}
+
+
+@pytest.mark.parametrize("own_masks", OWN)
+@pytest.mark.parametrize("name", ["k24", "k24_random"])
+def test_layers_with_a_mask_for_each_slot(name: str, own_masks: str) -> None:
+    config = K24Config(own_masks=own_masks, hetero_init_scale=1.0)  # type: ignore[arg-type]
+    net, sharing = some_net(name, SharingConfig(masks=config))
+    made = net.materialise("train")
+    assert {path for path, weights in zip(net.layers, made, strict=True) if len(weights.weight) == AGENTS} == OWN[own_masks]
+    assert {path for path, layer in net.layers.items() if layer.n_slots == AGENTS} == OWN[own_masks]
+    metrics = sharing.metrics()
+    masks = [mask.flatten(1) for mask in masks_of(net.materialise("deploy")) if len(mask) == AGENTS]
+    pairs = [torch.cat([mask[i] != mask[j] for mask in masks]).float().mean() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert metrics["mask_hamming"] == pytest.approx(float(sum(pairs)) / 3), "of layers that may differ, and of no others"
+    assert metrics["mask_hamming"] > 0.25
+    assert metrics["overall_sparsity"] == pytest.approx(0.5, abs=0.05)
+    if name == "k24":
+        loss = sharing.aux_loss(made, torch.tensor(1.0))
+        assert loss is not None
+        loss.backward()
+        pushed = {path for path, layer in net.layers.items() if layer.alpha.grad is not None and layer.alpha.grad.any()}
+        assert pushed == OWN[own_masks], "one mask for all has nothing to differ from"
+        before = {path: layer.alpha.clone() for path, layer in net.layers.items()}
+        resets = sharing.reset_slot(1)
+        changed = {path for path, layer in net.layers.items() if not torch.equal(layer.alpha, before[path])}
+        assert changed == OWN[own_masks] and len(resets) == len(changed), "what a slot shares with others stays"
+
+
+def test_one_mask_for_all_everywhere_is_the_shared_control() -> None:
+    nets = [some_net(name, SharingConfig(masks=K24Config(own_masks="all", div_coef=0.0)))[0] for name in ("k24", "k24_shared")]
+    for layer in nets[0].layers.values():
+        with torch.no_grad():
+            layer.alpha.copy_(layer.alpha[:1].expand_as(layer.alpha))
+    for one, other in zip(nets[0].layers.values(), nets[1].layers.values(), strict=True):
+        with torch.no_grad():
+            other.weight.copy_(one.weight)
+            other.bias.copy_(one.bias)
+            other.alpha.copy_(one.alpha[:1])
+    obs = torch.randn(AGENTS, 5, 4, OBS)
+    outputs = [net(net.materialise("train"), obs, net.initial_state(4))[0] for net in nets]
+    torch.testing.assert_close(*outputs)
+
+
 def test_random_masks_are_uniform_and_never_change() -> None:
-    net, sharing = some_net("k24_random", hidden=64)
+    everywhere = SharingConfig(masks=K24Config(own_masks="all"))
+    net, sharing = some_net("k24_random", everywhere, hidden=64)
     codes = [layer.codes.clone() for layer in sharing.masked]  # type: ignore[attr-defined]
     free = torch.cat([c[..., :2].flatten() for c in codes])
     counts = torch.bincount(free.long(), minlength=6).double()
@@ -194,7 +239,7 @@ def test_random_masks_are_uniform_and_never_change() -> None:
         assert not (events.resets or events.frozen or events.retired)
         for phase in PHASES:
             assert all(torch.equal(a, b) for a, b in zip(masks_of(net.materialise(phase)), masks, strict=True))  # type: ignore[arg-type]
-    other, _ = some_net("k24_random", hidden=64, seed=1)
+    other, _ = some_net("k24_random", everywhere, hidden=64, seed=1)
     assert not torch.equal(masks_of(other.materialise("deploy"))[1], masks[1])
 
 

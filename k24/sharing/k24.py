@@ -1,5 +1,8 @@
 """K-2:4: one shared weight, a learned N:M mask per slot; and the controls that show what learning the masks is worth.
 
+Not every layer need have a mask for each slot: by default the GRU's is learned too and one for all (``own_masks``), which costs no return that
+was found, makes agents learn from each other, and lets all of them run the GRU as one block.
+
 ``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots
 use. ``k24_magnitude`` has one for all too, and chooses it by the size of the weights alone. All cost what K-2:4 costs to run,
 so that a comparison tells the masks apart from the sparsity.
@@ -28,6 +31,9 @@ from k24.sparse.slots import SlotWeights
 # Of the learning rates of alpha and of masked weights, where nothing is said: docs/lab-notes.md has what others gave.
 ALPHA_LR_SCALE, WEIGHT_LR_SCALE = 60.0, 2.0
 Variant = Literal["learned", "random", "shared", "magnitude"]
+OwnMasks = Literal["all", "feedforward", "ends"]
+# Roles of the layers that share one mask.
+_COMMON: dict[OwnMasks, tuple[Role, ...]] = {"all": (), "feedforward": ("recurrent",), "ends": ("recurrent", "hidden")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class K24Config(MaskConfig):
     """Learning rate of alpha, as a multiple of the learner's, which decides whether masks are learned; 60 when not given, MATD3: 1."""
     weight_lr_scale: float | None = None
     """Learning rate of masked weights, likewise: half as many inputs at twice the pace move an output as far; 2 if not given, MATD3: 1."""
+    own_masks: OwnMasks = "feedforward"
+    """Layers with a mask for each agent: all, all but the GRU, or the first and the last; the others learn one mask that all agents share."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
@@ -83,7 +91,7 @@ class K24Config(MaskConfig):
 
 
 # Settings of how masks are chosen and learned, which fixed ones do without; what is left are those of the layers themselves.
-_LEARNED = frozenset(f.name for f in fields(K24Config)) - {"pattern", "mask_rnn", "init_gain", "weight_lr_scale"}
+_LEARNED = frozenset(f.name for f in fields(K24Config)) - {"pattern", "own_masks", "mask_rnn", "init_gain", "weight_lr_scale"}
 _DIVERSITY = frozenset({"div_coef", "diversity", "deque_len"})
 _EMA = frozenset({"ema_momentum", "ema_norm", "ema_bias_correction"})
 
@@ -107,7 +115,7 @@ def idle_settings(config: K24Config, variant: Variant) -> dict[str, str]:
     if config.div_coef == 0:
         found |= dict.fromkeys(_DIVERSITY - {"div_coef"}, "div_coef is 0")
     if variant in ("shared", "magnitude"):
-        found |= dict.fromkeys(_DIVERSITY, "one mask for all agents cannot differ from itself")
+        found |= dict.fromkeys(_DIVERSITY | {"own_masks"}, "one mask for all agents cannot differ from itself")
     if variant == "magnitude":
         found |= dict.fromkeys(_EMA | {"ema_every", "alpha_lr_scale", "hetero_init_scale"}, "masks follow the size of weights alone")
     if variant == "random":
@@ -144,7 +152,8 @@ class K24(Sharing):
     def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
         if role == "recurrent" and not self.config.mask_rnn:
             return DenseLinear(in_features, out_features, self.n_slots)
-        layer = MaskedLinear(in_features, out_features, 1 if self.variant in ("shared", "magnitude") else self.n_slots, config=self.config)
+        common = self.variant in ("shared", "magnitude") or role in _COMMON[self.config.own_masks]
+        layer = MaskedLinear(in_features, out_features, 1 if common else self.n_slots, config=self.config)
         if self.variant == "random":
             legal = layer.patterns.legal(in_features).float()
             uniform = (legal / legal.sum(0))[:, None, None].expand(-1, *layer.codes.shape)
@@ -170,7 +179,8 @@ class K24(Sharing):
             for layer in self.masked:
                 layer.count_usage()
         pis = [made.pi for made in weights if made.pi is not None and made.pi.numel()]  # a layer may leave no group a choice
-        if self.config.div_coef == 0 or not pis or pis[0].shape[1] < 2:
+        pis = [pi for pi in pis if pi.shape[1] > 1]  # or have one mask for all
+        if self.config.div_coef == 0 or not pis:
             return None
         loss = diversity_loss(self.config.diversity, pis, self.masked[0].patterns)
         value = float(loss.detach())
@@ -202,11 +212,13 @@ class K24(Sharing):
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator | None = None) -> list[Reset]:
-        """Draws one slot's alphas anew, unless masks are frozen or all slots share one."""
+        """Draws one slot's alphas anew where it has its own, unless masks are frozen."""
         if self._frozen or self.variant != "learned":
             return []
         resets = []
         for layer in self.masked:
+            if layer.n_slots < self.n_slots:
+                continue
             fresh = torch.empty_like(layer.alpha[slot]).normal_(generator=generator)
             layer.alpha[slot] = fresh * layer.config.hetero_init_scale
             # What the old masks kept says nothing of the new ones: until the next reset all its weights count as kept.

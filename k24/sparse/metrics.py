@@ -68,7 +68,7 @@ def mask_metrics(layers: Sequence[MaskedLinear], previous: Sequence[Tensor] | No
         * ``pattern_k_prob``: mean probability of pattern k at the present temperature; ``pattern_entropy``: bits, of that mean.
         * ``sparsity_layer_k``, ``overall_sparsity``: share of weights dropped.
         * ``pattern_mean_similarity`` (min, max): mean share of groups in which two slots choose the same pattern, over pairs.
-        * ``mask_hamming``: mean share of weights two slots keep differently.
+        * ``mask_hamming``: mean share of weights two slots keep differently; as the similarities, of layers with a mask for each slot.
         * ``mask_flip_rate``: share of groups whose choice changed since the last call.
         * ``dead_weight_frac``: share of weights that no slot keeps.
     """
@@ -81,16 +81,18 @@ def mask_metrics(layers: Sequence[MaskedLinear], previous: Sequence[Tensor] | No
     usage = (
         torch.stack([layer.probabilities().detach()[..., : layer.free_groups].double().sum((1, 2, 3)) for layer in layers]).sum(0) / total
     )
+    slots = max(layer.n_slots for layer in layers)
+    own = [k for k, layer in enumerate(layers) if layer.n_slots == slots]
     metrics = {f"pattern_{k}_prob": float(p) for k, p in enumerate(usage)}
     metrics["pattern_entropy"] = entropy_bits(usage)
     for k, mask in enumerate(masks):
         metrics[f"sparsity_layer_{k}"] = 1 - float(mask.mean())
     metrics["overall_sparsity"] = 1 - float(sum(m.sum() for m in masks)) / sum(m.numel() for m in masks)
-    same = off_diagonal(pattern_agreement(codes))
+    same = off_diagonal(pattern_agreement([codes[k] for k in own]))
     metrics["pattern_mean_similarity"] = float(same.mean())
     metrics["pattern_max_similarity"] = float(same.max())
     metrics["pattern_min_similarity"] = float(same.min())
-    metrics["mask_hamming"] = float(off_diagonal(mask_distance(masks)).mean())
+    metrics["mask_hamming"] = float(off_diagonal(mask_distance([masks[k] for k in own])).mean())
     if previous is not None:
         metrics["mask_flip_rate"] = sum(int((a != b).sum()) for a, b in zip(codes, previous, strict=True)) / total
     dead = sum(float((m.sum(0) == 0).sum()) for m in masks)
