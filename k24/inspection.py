@@ -69,9 +69,9 @@ def inspect_net(net: Net) -> dict[str, Any]:
 
     Returns:
         ``overall_sparsity`` (of the masked layers where there are any), ``pattern_entropy`` (bits of the chosen patterns' usage; None
-        without masks), ``mask_hamming`` (of the layers with a mask for each slot where there are any), ``params`` (values stored, masks aside), ``macs_per_act`` (multiply-adds of one joint action:
-        every weight that an agent keeps), ``bytes``; and for the tables ``layers`` (name, sparsity per layer), ``distance``
-        (``[A, A]``), ``pattern_usage``.
+        without masks), ``mask_hamming`` (of the layers with a mask for each slot where there are any), ``params`` (values stored, masks
+        aside), ``macs_per_act`` (multiply-adds of one joint action: every weight that an agent keeps), ``bytes``; and for the tables
+        ``layers`` (name, sparsity per layer), ``distance`` (``[A, A]``), ``pattern_usage``.
     """
     masks = [_kept(layer) for layer in net.linears]
     everyones = [mask.expand(net.n_slots, -1, -1) for mask in masks]

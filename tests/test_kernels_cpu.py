@@ -322,7 +322,7 @@ def test_library_of_another_version(no_library, tmp_path: Path) -> None:
 @pytest.mark.parametrize("common", ["nothing", "the GRU", "everything"])
 @pytest.mark.parametrize("isa", sorted(cpu.ISAS))
 def test_outputs_depend_on_nothing_but_their_own_row(isa: str, common: str) -> None:
-    """Not on how many rows come with it, of this slot or of others, nor on threads, nor on whether masks are packed, bits, or multiplied in."""
+    """Not on how many rows come with it, of any slot, nor on threads, nor on whether masks are packed, bits, or multiplied in."""
     if cpu.ISAS[isa] > cpu.ISAS[cpu.best_isa() or "avx2"]:
         pytest.skip(f"this CPU has no {isa}")
     net = common_gru(18, 100, 5) if common == "the GRU" else recurrent(18, 100, 5, code_slots=3 if common == "nothing" else 1)

@@ -174,7 +174,11 @@ def test_a_dense_recurrent_part_on_request(name: str) -> None:
     assert len(sharing.masked) == 4  # type: ignore[attr-defined]
 
 
-OWN = {"all": {"fc1", "gru_input", "gru_recurrent", "fc2", "fc3", "fc4"}, "feedforward": {"fc1", "fc2", "fc3", "fc4"}, "ends": {"fc1", "fc4"}}
+OWN = {
+    "all": {"fc1", "gru_input", "gru_recurrent", "fc2", "fc3", "fc4"},
+    "feedforward": {"fc1", "fc2", "fc3", "fc4"},
+    "ends": {"fc1", "fc4"},
+}
 
 
 @pytest.mark.parametrize("own_masks", OWN)

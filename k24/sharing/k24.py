@@ -1,7 +1,7 @@
 """K-2:4: one shared weight, a learned N:M mask per slot; and the controls that show what learning the masks is worth.
 
-Not every layer need have a mask for each slot: by default the GRU's is learned too and one for all (``own_masks``), which costs no return that
-was found, makes agents learn from each other, and lets all of them run the GRU as one block.
+Not every layer need have a mask for each slot (``own_masks``): by default the GRU's is learned too but one for all, so that agents learn
+from each other there, and all of them run it as one block.
 
 ``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots
 use. ``k24_magnitude`` has one for all too, and chooses it by the size of the weights alone. All cost what K-2:4 costs to run,
@@ -45,7 +45,7 @@ class K24Config(MaskConfig):
     weight_lr_scale: float | None = None
     """Learning rate of masked weights, likewise: half as many inputs at twice the pace move an output as far; 2 if not given, MATD3: 1."""
     own_masks: OwnMasks = "feedforward"
-    """Layers with a mask for each agent: all, all but the GRU, or the first and the last; the others learn one mask that all agents share."""
+    """Layers with a mask for each agent: all, all but the GRU, or the first and the last; the others have one for all agents."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
