@@ -210,7 +210,7 @@ k24_net* k24_create(int32_t isa, int64_t slots, int64_t n_layers, const k24_laye
       net->macs += layers[i].in * layers[i].out;
       net->out = layers[i].role == K24_LINEAR ? layers[i].out : layers[i].out / 3;
       if (layers[i].role == K24_GRU_RECURRENT) net->hidden = layers[i].in;
-      net->shared |= layout == K24_SHARED && layers[i].codes;
+      net->shared |= layout == K24_SHARED && layers[i].code_slots > 1;
       net->common += is_common(layers[i]);
     }
     net->impl = chosen->create(slots, n_layers, layers, layout, values);

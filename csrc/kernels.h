@@ -208,7 +208,7 @@ inline void pack(Layer& layer, const k24_layer& from, int32_t layout, int32_t va
       *bias++ = source < 0 ? 0.0f : from.bias[slot * from.out + source];
     }
 
-  if (from.codes && layout == K24_PACKED) {
+  if (from.codes && (layout == K24_PACKED || from.code_slots == 1)) {
     layer.form = values == K24_BF16 ? Form::PACKED_BF16 : Form::PACKED_FP32;
     const int64_t tile_bytes = values == K24_BF16 ? packed_bytes<Bf16Pairs>(groups) : packed_bytes<Fp32Pairs>(groups);
     const int64_t bytes = tile_bytes * layer.tiles;

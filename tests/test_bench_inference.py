@@ -181,7 +181,7 @@ def test_summary_groups_by_rows_and_counts_losses() -> None:
     ]
     rows += [row("policy", 1, 9.0, 1.1), row("policy", 1, None, None, us=None)]
     found = {(group.pop("op"), group.pop("envs")): group for group in summary(rows)}
-    empty = {"over_eager": None, "over_compile": None, "over_onnx": None, "over_single": None}
+    empty = {f"over_{name}": None for name in RIVALS if name not in ("torch", "twin")}
     assert found == {
         ("layer", "1"): {"cases": 2, "over_torch": 4.0, "over_twin": 1.0, "slower": 1, **empty},
         ("layer", "2 to 31"): {"cases": 1, "over_torch": 2.0, "over_twin": 1.0, "slower": 0, **empty},
@@ -203,7 +203,10 @@ def test_made_up_nets_hold_legal_masks_and_repeat(op: str, hidden: int, obs: int
         legal = layer.patterns.legal(layer.in_features)
         groups = torch.arange(layer.codes.shape[-1]).expand_as(layer.codes)
         assert legal[layer.codes.long(), groups].all()
-        assert layer.codes.shape[0] == 3
+    own = {layer.codes.shape[0] for layer in (net.linears[0], net.linears[-1])}, {layer.codes.shape[0] for layer in net.linears[1:-1]}
+    assert own == ({3}, set() if op == "layer" else {1})
+    everywhere = made_up_net(op, hidden, 3, torch.float32, obs, 4, "all")
+    assert all(layer.codes.shape[0] == 3 for layer in everywhere.linears)
     again = made_up_net(op, hidden, 3, torch.float32, obs, 4)
     assert all(torch.equal(a.weight, b.weight) and torch.equal(a.codes, b.codes) for a, b in zip(net.linears, again.linears, strict=True))
     assert (net.in_features, net.out_features, net.hidden) == ((hidden, hidden, 0) if op == "layer" else (obs, 4, hidden))
@@ -354,6 +357,11 @@ def test_a_wrong_rival_is_left_out(monkeypatch) -> None:
     assert row["error"] is None and row["us"] > 0
     assert row["torch_us"] is None and row["over_torch"] is None and row["torch_how"] is None
     assert row["notes"]["torch"].startswith("not timed, since it differs from the reference by 1.0e+00")
+
+
+def test_one_dense_net_for_all_agents_is_timed_too() -> None:
+    row = measure(plan(tiny(op="policy"))[0], tiny(op="policy"))
+    assert row["shared_us"] > 0 and row["over_shared"] > 0 and row["shared_how"] in {"cpu", *TORCH_FORMS}
 
 
 def test_our_dense_kernel_is_the_twin() -> None:

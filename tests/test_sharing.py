@@ -178,12 +178,13 @@ OWN = {
     "all": {"fc1", "gru_input", "gru_recurrent", "fc2", "fc3", "fc4"},
     "feedforward": {"fc1", "fc2", "fc3", "fc4"},
     "ends": {"fc1", "fc4"},
+    None: {"fc1", "fc4"},
 }
 
 
 @pytest.mark.parametrize("own_masks", OWN)
 @pytest.mark.parametrize("name", ["k24", "k24_random"])
-def test_layers_with_a_mask_for_each_slot(name: str, own_masks: str) -> None:
+def test_layers_with_a_mask_for_each_slot(name: str, own_masks: str | None) -> None:
     config = K24Config(own_masks=own_masks, hetero_init_scale=1.0)  # type: ignore[arg-type]
     net, sharing = some_net(name, SharingConfig(masks=config))
     made = net.materialise("train")
@@ -205,6 +206,14 @@ def test_layers_with_a_mask_for_each_slot(name: str, own_masks: str) -> None:
         resets = sharing.reset_slot(1)
         changed = {path for path, layer in net.layers.items() if not torch.equal(layer.alpha, before[path])}
         assert changed == OWN[own_masks] and len(resets) == len(changed), "what a slot shares with others stays"
+
+
+def test_without_a_gru_all_layers_have_a_mask_for_each_slot_by_default() -> None:
+    net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, make_sharing("k24", AGENTS), recurrent=False)
+    assert [layer.n_slots for layer in net.layers.values()] == [AGENTS] * 3
+    config = SharingConfig(masks=K24Config(own_masks="ends"))
+    net = AgentNet(OBS, ACTIONS, HIDDEN, AGENTS, make_sharing("k24", AGENTS, config), recurrent=False)
+    assert [layer.n_slots for layer in net.layers.values()] == [AGENTS, 1, AGENTS]
 
 
 def test_one_mask_for_all_everywhere_is_the_shared_control() -> None:

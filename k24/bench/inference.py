@@ -4,7 +4,9 @@ Two operations. ``layer``: one masked ``[H, H]`` linear layer per agent. ``polic
 observations to action values and the next state. The rivals are dense: torch as one writes it (``eager``: results are new tensors, as ours
 are), torch with every operand and result bound beforehand (``torch``), ``torch.compile``, ONNX Runtime bound likewise, and the *twin*, our
 own kernel on the same net with its masks multiplied in. What we gain over the twin is what 2:4 is worth; what we gain over the others is
-that and the kernel. With several threads there is also *single*, ours on one.
+that and the kernel. *Shared* is another function: ONE dense net for all agents, whose rows are one block, by our dense kernel or by torch,
+whichever is faster; it tells what different agents cost, or save, beside equal ones. With several threads there is also *single*, ours on
+one.
 
 Correctness comes first: what does not agree with the reference, computed in float64, is not timed.
 
@@ -25,24 +27,26 @@ import torch
 from torch import Tensor
 
 from k24.artifact import read_policy
-from k24.bench.rivals import Candidate, Unavailable, brief, fastest, onnx_candidates, torch_compiled, torch_eager, torch_eagers
+from k24.bench.rivals import Candidate, Unavailable, brief, fastest, onnx_candidates, torch_compiled, torch_eagers
 from k24.bench.timing import SPIN_SECONDS, Race, on_cpu, on_cuda, race
 from k24.errors import UsageError, unknown_name
 from k24.kernels import BACKENDS, GRU, Linear, Net, prepare, reference
 from k24.kernels.net import TWO_FOUR
+from k24.sharing.base import Role
+from k24.sharing.k24 import COMMON_ROLES, OwnMasks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Largest error allowed, relative to the largest value: some roundings of a sum in float32, and four of the type itself where values are
 # held in less.
 TOLERANCE = {"fp32": 1e-5, "bf16": 4 * 2**-8, "fp16": 4 * 2**-11}
 # Ours are compared with these, in this order in tables.
-RIVALS = ("eager", "torch", "compile", "onnx", "twin", "single")
+RIVALS = ("eager", "torch", "compile", "onnx", "twin", "shared", "single")
 # From so many shapes on, `--compile auto` leaves torch.compile out: it takes seconds for each.
 FEW_CASES = 4
 # More than any GPU's L2 cache.
 FLUSH_BYTES = 2**28
 # Sizes that a policy file brings along.
-_SIZES = ("hidden", "agents", "obs", "actions", "op", "dtype")
+_SIZES = ("hidden", "agents", "obs", "actions", "op", "own_masks", "dtype")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class BenchInference:
     """Actions per agent, for op policy."""
     op: Literal["layer", "policy", "both"] = "both"
     """One masked [H, H] layer, a whole acting step, or both."""
+    own_masks: OwnMasks = "ends"
+    """Layers with a mask for each agent, for op policy: all, all but the GRU, or the first and the last."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What weights are held in."""
     backend: str | None = None
@@ -125,7 +131,16 @@ def made_up_layer(out_features: int, in_features: int, slots: int, dtype: torch.
     return Linear(weight.to(dtype), 0.1 * torch.randn(1, out_features), codes.to(torch.uint8), relu=relu)
 
 
-def made_up_net(op: str, hidden: int, agents: int, dtype: torch.dtype, obs: int = 18, actions: int = 5, seed: int = 0) -> Net:
+def made_up_net(
+    op: str,
+    hidden: int,
+    agents: int,
+    dtype: torch.dtype,
+    obs: int = 18,
+    actions: int = 5,
+    own_masks: OwnMasks = "ends",
+    seed: int = 0,
+) -> Net:
     """A net of noise.
 
     Args:
@@ -135,16 +150,21 @@ def made_up_net(op: str, hidden: int, agents: int, dtype: torch.dtype, obs: int 
         dtype: Of the weights.
         obs: Observation features, for ``policy``.
         actions: Actions per agent, for ``policy``.
+        own_masks: Which layers have a mask for each agent, for ``policy``; the others have one for all.
         seed: Of the noise.
     """
+
+    def layer(role: Role, outputs: int, inputs: int) -> Linear:
+        slots = 1 if op == "policy" and role in COMMON_ROLES[own_masks] else agents
+        return made_up_layer(outputs, inputs, slots, dtype, relu=op == "policy" and role in ("input", "hidden"))
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = partial(made_up_layer, slots=agents, dtype=dtype)
         if op == "layer":
-            return Net((layer(hidden, hidden),), agents)
-        gru = GRU(layer(3 * hidden, hidden), layer(3 * hidden, hidden))
-        middle = (layer(hidden, hidden, relu=True), layer(hidden, hidden, relu=True))
-        return Net((layer(hidden, obs, relu=True), gru, *middle, layer(actions, hidden)), agents)
+            return Net((layer("hidden", hidden, hidden),), agents)
+        gru = GRU(layer("recurrent", 3 * hidden, hidden), layer("recurrent", 3 * hidden, hidden))
+        middle = (layer("hidden", hidden, hidden), layer("hidden", hidden, hidden))
+        return Net((layer("input", hidden, obs), gru, *middle, layer("output", actions, hidden)), agents)
 
 
 def plan(options: BenchInference) -> list[Case]:
@@ -169,7 +189,7 @@ def plan(options: BenchInference) -> list[Case]:
     if options.policy is not None:
         return _plan_policy(options, options.policy)
     dtype = DTYPES[options.dtype]
-    sizes = {"obs": options.obs, "actions": options.actions}
+    sizes: dict[str, Any] = {"obs": options.obs, "actions": options.actions, "own_masks": options.own_masks}
     backend, note = _backend(options.backend, made_up_net("policy", 4, 2, dtype).to(options.device))
     ops = ("layer", "policy") if options.op == "both" else (options.op,)
     return [
@@ -235,6 +255,7 @@ def measure(case: Case, options: BenchInference, compiled: bool = False, clock: 
     row: dict[str, Any] = {name: getattr(case, name) for name in ("op", "hidden", "agents", "envs", "dtype", "backend")}
     notes = {} if case.note is None else {"backend": case.note}
     row |= {"us": None, "us_iqr": None, **{f"{name}_us": None for name in RIVALS}, "torch_how": None, "onnx_how": None}
+    row |= {"shared_how": None}
     row |= {**{f"over_{name}": None for name in RIVALS}, "max_abs_err": None, "nbytes": None, "error": None, "notes": notes}
     with torch.inference_mode():
         gate = _Gate(net, x, h, case.dtype)
@@ -296,6 +317,13 @@ def _twin(net: Net, x: Tensor, h: Tensor, threads: int) -> list[Candidate]:
     return [_ours(dense, x, h, "cpu", threads)[0]]
 
 
+def _shared(net: Net, x: Tensor, h: Tensor, threads: int) -> list[Candidate]:
+    """One dense net for all agents. It is another function, so it cannot be checked here; its kernels are, as those of the others."""
+    one = net.map(lambda layer: replace(layer, weight=layer.effective()[:1], bias=layer.bias[:1], codes=None))
+    ours = [] if BACKENDS["cpu"].unavailable(one) else [_ours(one, x, h, "cpu", threads)[0]]
+    return [*ours, *torch_eagers(one, x, h)]
+
+
 def _on_cpu(
     case: Case,
     net: Net,
@@ -324,7 +352,7 @@ def _on_cpu(
         one = {"ours": ours.run, "single": _ours(net, x, h, case.backend, 1)[0].run}
         alone = figures(race(one, sample, options.repeats, pause=pause))
         found = {name: alone[name] for name in ("single_us", "over_single")}
-    field = {"ours": ours}
+    field = {"ours": ours, "shared": fastest(_shared(net, x, h, options.threads), sample, options.repeats, pause)}
     for name, make in makers.items():
         try:
             candidates = gate.passed(name, make(), notes)
@@ -334,7 +362,7 @@ def _on_cpu(
         if candidates:
             field[name] = fastest(candidates, sample, options.repeats, pause)
     timed = race({name: candidate.run for name, candidate in field.items()}, sample, options.repeats, pause=pause)
-    return found | figures(timed) | {f"{name}_how": field[name].how for name in ("torch", "onnx") if name in field}
+    return found | figures(timed) | {f"{name}_how": field[name].how for name in ("torch", "onnx", "shared") if name in field}
 
 
 def _on_cuda(net: Net, x: Tensor, h: Tensor, ours: Candidate, gate: _Gate, repeats: int | None, notes: dict[str, str]) -> dict[str, Any]:
@@ -346,9 +374,7 @@ def _on_cuda(net: Net, x: Tensor, h: Tensor, ours: Candidate, gate: _Gate, repea
     field = {"ours": ours}
     if candidates := gate.passed("torch", torch_eagers(net, x, h), notes):
         field["torch"] = fastest(candidates, sample, repeats)
-    # The agents of `shared` all do the same: another function, the least that a net of this size can cost, and not checked.
-    one = net.map(lambda layer: replace(layer, weight=layer.effective()[:1], bias=layer.bias[:1], codes=None))
-    field["shared"] = torch_eager(one, x, h, "addmm", x.dtype)
+    field["shared"] = fastest(_shared(net, x, h, 1), sample, repeats)
     reason = BACKENDS["cusparselt"].unavailable(net)
     if reason is not None:
         notes["cusparselt"] = reason

@@ -130,25 +130,11 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     from rich.table import Table
     from rich.text import Text
 
+    from k24.bench.inference import RIVALS
+
     made = Table(title=title, title_justify="left")
-    for name in (
-        "op",
-        "H",
-        "A",
-        "B",
-        "ours",
-        "±",
-        "eager",
-        "torch",
-        "compile",
-        "onnx",
-        "twin",
-        "over eager",
-        "torch",
-        "onnx",
-        "twin",
-        "error",
-    ):
+    rivals = [name for name in RIVALS if name != "single" and any(row[f"{name}_us"] is not None for row in rows)]
+    for name in ("op", "H", "A", "B", "ours", "±", *rivals, *(f"/{name}" for name in rivals), "error"):
         made.add_column(name, justify="left" if name == "op" else "right", no_wrap=True)
 
     def number(value: float | None) -> str:
@@ -161,8 +147,8 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
         error = "wrong" if row["error"] is not None else f"{row['max_abs_err']:.0e}"
         made.add_row(
             *(str(row[name]) for name in ("op", "hidden", "agents", "envs")),
-            *(number(row[name]) for name in ("us", "us_iqr", "eager_us", "torch_us", "compile_us", "onnx_us", "twin_us")),
-            *(ratio(row[name]) for name in ("over_eager", "over_torch", "over_onnx", "over_twin")),
+            *(number(row[name]) for name in ("us", "us_iqr", *(f"{rival}_us" for rival in rivals))),
+            *(ratio(row[f"over_{rival}"]) for rival in rivals),
             error,
         )
     return made
@@ -182,7 +168,8 @@ def _groups(groups: list[dict[str, Any]], rivals: tuple[str, ...]) -> list[str]:
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     """What ran and what did not, each thing once."""
     ours = ", ".join(dict.fromkeys(row["backend"] for row in rows))
-    lines = [f"ours is the backend {ours}; twin is our dense kernel, times are medians, ± the interquartile range"] if rows else []
+    what = "twin is our dense kernel, shared one dense net for all agents, /name how many times faster ours is"
+    lines = [f"ours is the backend {ours}; {what}; times are medians, ± the interquartile range"] if rows else []
     return lines + [f"{name}: {note}" for name, note in dict.fromkeys((n, t) for row in rows for n, t in row["notes"].items())]
 
 

@@ -1,7 +1,7 @@
 """K-2:4: one shared weight, a learned N:M mask per slot; and the controls that show what learning the masks is worth.
 
-Not every layer need have a mask for each slot (``own_masks``): by default the GRU's is learned too but one for all, so that agents learn
-from each other there, and all of them run it as one block.
+Not every layer need have a mask for each slot (``own_masks``). In a net with a GRU the first and the last layer have, by default; what lies
+between them has one learned mask for all, so that agents learn from each other there, and all of them run it as one block.
 
 ``k24_random`` draws one mask per slot at the start and never changes it. ``k24_shared`` learns ONE mask that all slots
 use. ``k24_magnitude`` has one for all too, and chooses it by the size of the weights alone. All cost what K-2:4 costs to run,
@@ -32,8 +32,8 @@ from k24.sparse.slots import SlotWeights
 ALPHA_LR_SCALE, WEIGHT_LR_SCALE = 60.0, 2.0
 Variant = Literal["learned", "random", "shared", "magnitude"]
 OwnMasks = Literal["all", "feedforward", "ends"]
-# Roles of the layers that share one mask.
-_COMMON: dict[OwnMasks, tuple[Role, ...]] = {"all": (), "feedforward": ("recurrent",), "ends": ("recurrent", "hidden")}
+# Roles of the layers that have one mask for all slots.
+COMMON_ROLES: dict[OwnMasks, tuple[Role, ...]] = {"all": (), "feedforward": ("recurrent",), "ends": ("recurrent", "hidden")}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class K24Config(MaskConfig):
     """Learning rate of alpha, as a multiple of the learner's, which decides whether masks are learned; 60 when not given, MATD3: 1."""
     weight_lr_scale: float | None = None
     """Learning rate of masked weights, likewise: half as many inputs at twice the pace move an output as far; 2 if not given, MATD3: 1."""
-    own_masks: OwnMasks = "feedforward"
-    """Layers with a mask for each agent: all, all but the GRU, or the first and the last; the others have one for all agents."""
+    own_masks: OwnMasks | None = None
+    """Layers with a mask for each agent: all, all but the GRU, or the first and the last; if not given, ends with a GRU and all without."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
@@ -144,6 +144,7 @@ class K24(Sharing):
         self._steps = self._last_reset = 0
         self.wants_policy_kl = self.config.adaptive_reset and variant != "random"
         self._frozen = variant == "random"
+        self._recurrent = False
         self._temperature = self.config.temperature_init
         self._progress = 0.0
         self._logged: dict[str, float] = {}
@@ -152,7 +153,9 @@ class K24(Sharing):
     def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
         if role == "recurrent" and not self.config.mask_rnn:
             return DenseLinear(in_features, out_features, self.n_slots)
-        common = self.variant in ("shared", "magnitude") or role in _COMMON[self.config.own_masks]
+        self._recurrent |= role == "recurrent"  # a GRU comes before the hidden layers
+        own = self.config.own_masks or ("ends" if self._recurrent else "all")
+        common = self.variant in ("shared", "magnitude") or role in COMMON_ROLES[own]
         layer = MaskedLinear(in_features, out_features, 1 if common else self.n_slots, config=self.config)
         if self.variant == "random":
             legal = layer.patterns.legal(in_features).float()
