@@ -2,16 +2,18 @@
 
 Tensors of each linear layer (``fc1``, ``gru_input``, ``gru_recurrent``, ``fc2``, …)::
 
-    NAME.weight   [O, I], or [A, O, I] where every slot has its own; float32, bfloat16 or float16
+    NAME.weight   [O, I], or [A, O, I] where every slot has its own; float32, bfloat16 or float16. Where all slots have one mask, [O, K]:
+                  the weights that it keeps, K of each row, in their order
     NAME.bias     [O], or [A, O]; float32
     NAME.codes    uint8, the codes [S, O, G] of a masked layer as a stream of bits (k24.sparse.packing)
 
 The one entry ``k24`` of ``__metadata__`` is JSON::
 
-    {"format": "k24-policy", "version": 1, "k24": "0.1.0", "sha256": …, "policy": {the fields of PolicySpec},
+    {"format": "k24-policy", "version": 2, "k24": "0.1.0", "sha256": …, "policy": {the fields of PolicySpec},
      "net": {"slots": 3, "layers": [{"name": "fc1", "relu": true, "masks": {"slots": 3, "pattern": "2:4"}}, …]}}
 
-with ``"masks": null`` for a dense layer. The digest covers everything else in it, and name, type, shape and bytes of every tensor.
+with ``"masks": null`` for a dense layer, and ``"inputs": I`` among the masks of one whose kept weights alone are there (version 1 has none
+of these). The digest covers everything else in it, and name, type, shape and bytes of every tensor.
 
 Reading trusts nothing. Sizes are compared with that of the file before anything of that size is made, so a file costs a few times its own
 size in memory, plus what a header of at most ``MAX_HEADER`` bytes comes to. The file is read, not mapped: one that is cut while it is
@@ -44,12 +46,13 @@ from k24.kernels import GRU, Linear, Net
 from k24.sparse.packing import pack_codes, unpack_codes
 from k24.sparse.patterns import PatternSet
 
-FORMAT, VERSION = "k24-policy", 1
+FORMAT, VERSION = "k24-policy", 2
 MAX_HEADER = 1 << 18  # bytes; a layer takes some 400
 MAX_SLOTS = 4096  # agents, too
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SPARSEST = 4  # inputs of which one is kept, up to which kept weights are stored alone: reading makes so many values of each
 _CHUNK = 1 << 16  # codes packed at a time: packing takes 50 times their size while it works. A multiple of 8, so chunks end on a byte.
 
 
@@ -135,7 +138,8 @@ def write_policy(path: Path, net: Net, spec: PolicySpec) -> None:
     check_values(net)
     tensors: dict[str, Tensor] = {}
     for name, layer in zip(layer_names(net), net.linears, strict=True):
-        tensors[f"{name}.weight"] = _own(layer.weight[0] if layer.weight.shape[0] == 1 else layer.weight)
+        weight = layer.weight[0] if layer.weight.shape[0] == 1 else layer.weight
+        tensors[f"{name}.weight"] = _own(weight[_mask(layer)].view(len(weight), -1) if stores_kept_alone(layer) else weight)
         tensors[f"{name}.bias"] = _own(layer.bias[0] if layer.bias.shape[0] == 1 else layer.bias)
         if layer.codes is not None:
             parts = layer.codes.reshape(-1).split(_CHUNK)
@@ -144,7 +148,10 @@ def write_policy(path: Path, net: Net, spec: PolicySpec) -> None:
         {
             "name": name,
             "relu": layer.relu,
-            "masks": None if layer.codes is None else {"slots": layer.codes.shape[0], "pattern": str(layer.patterns)},
+            "masks": None
+            if layer.codes is None
+            else {"slots": layer.codes.shape[0], "pattern": str(layer.patterns)}
+            | ({"inputs": layer.in_features} if stores_kept_alone(layer) else {}),
         }
         for name, layer in zip(layer_names(net), net.linears, strict=True)
     ]
@@ -155,6 +162,17 @@ def write_policy(path: Path, net: Net, spec: PolicySpec) -> None:
     if int.from_bytes(data[:8], "little") > MAX_HEADER:
         raise UsageError(f"a policy file has room for some {MAX_HEADER // 400} layers, this net has {len(layers)}")
     write_atomically(Path(path), data)
+
+
+def stores_kept_alone(layer: Linear) -> bool:
+    """Whether a file holds of a layer's weights those alone that its one mask keeps: no slot has a use for the others."""
+    return layer.codes is not None and len(layer.codes) == 1 and layer.patterns.m <= _SPARSEST * layer.patterns.n
+
+
+def _mask(layer: Linear) -> Tensor:
+    """The one mask of a layer, bool ``[O, I]``."""
+    assert layer.codes is not None
+    return layer.patterns.mask(layer.codes, layer.in_features, torch.bool)[0]
 
 
 def read_policy(path: str | os.PathLike[str]) -> tuple[Net, PolicySpec, str]:
@@ -288,7 +306,15 @@ def _read(file: BufferedReader) -> tuple[Net, PolicySpec, str]:
             for part, packed in zip(codes.view(-1).split(_CHUNK), parts, strict=True):
                 part.copy_(unpack_codes(packed, part.shape, layer.patterns))
         weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        return replace(layer, weight=weight.view(layer.weight.shape), bias=bias.view(layer.bias.shape), codes=codes)
+        filled = replace(layer, bias=bias.view(layer.bias.shape), codes=codes)
+        if weight.numel() < layer.weight.numel():
+            mask = _mask(filled)
+            if int(mask.sum()) != weight.numel():
+                raise UsageError(f"layer {name} has codes that keep {int(mask.sum())} weights, and {weight.numel()} are there")
+            weight = (
+                _empty(layer.weight.numel() * weight.element_size()).view(weight.dtype).zero_().masked_scatter_(mask.reshape(-1), weight)
+            )
+        return replace(filled, weight=weight.view(layer.weight.shape))
 
     net = shapes.map(filled)
     check_values(net)
@@ -402,9 +428,12 @@ def _layer(name: str, item: dict[str, Any], entries: dict[str, _Entry]) -> Linea
     shape = weight.shape if len(weight.shape) == 3 else (1, *weight.shape)
     codes, patterns = None, PatternSet(2, 4)
     if item["masks"] is not None:
-        masks = strict.table(item["masks"], f"masks of layer {name}", ["slots", "pattern"])
-        slots = strict.whole(masks["slots"], f"slots of layer {name}", 1, MAX_SLOTS)
+        alone = ["inputs"] if isinstance(item["masks"], dict) and "inputs" in item["masks"] else []
+        masks = strict.table(item["masks"], f"masks of layer {name}", ["slots", "pattern", *alone])
+        slots = strict.whole(masks["slots"], f"slots of layer {name}", 1, 1 if alone else MAX_SLOTS)
         patterns = _pattern(masks["pattern"])
+        if alone:
+            shape = (1, shape[1], _inputs(name, masks["inputs"], patterns, weight.shape))
         codes = torch.empty(slots, shape[1], patterns.groups(shape[2]), dtype=torch.uint8, device="meta")
         packed, needed = stored("codes", 1), -(-codes.numel() * patterns.code_bits // 8)
         if (packed.dtype, packed.nbytes) != (torch.uint8, needed):
@@ -416,6 +445,18 @@ def _layer(name: str, item: dict[str, Any], entries: dict[str, _Entry]) -> Linea
         patterns,
         strict.flag(item["relu"], f"relu of layer {name}"),
     )
+
+
+def _inputs(name: str, inputs: Any, patterns: PatternSet, stored: tuple[int, ...]) -> int:
+    """How many inputs a layer has of whose weights those alone are there that its one mask keeps."""
+    if patterns.m > _SPARSEST * patterns.n:
+        raise UsageError(f"layer {name} has kept weights alone, which {patterns} never has")
+    inputs = strict.whole(inputs, f"inputs of layer {name}", 1, _SPARSEST * stored[-1])
+    whole, rest = divmod(inputs, patterns.m)
+    kept = whole * patterns.n + min(rest, patterns.n)
+    if len(stored) != 2 or stored[1] != kept:
+        raise UsageError(f"layer {name} of {inputs} inputs under {patterns} keeps {kept} weights of a row, got weights {list(stored)}")
+    return inputs
 
 
 def _pattern(text: Any) -> PatternSet:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from k24.artifact import layer_names
+from k24.artifact import layer_names, stores_kept_alone
 from k24.kernels import Linear, Net
 from k24.sparse.metrics import entropy_bits, mask_distance, off_diagonal, pattern_usage
 
@@ -23,16 +23,22 @@ if TYPE_CHECKING:
 def deployed_bytes(layers: Iterable[Linear]) -> int:
     """Bytes that a deployment of some layers needs.
 
-    A masked layer: the shared weight once and one packed code per group and slot. Any other: what is stored of it, see :func:`_stored`. A
-    policy file holds as much, but where slots have the same weights, or lack some of them: there it has a copy for each.
+    A masked layer: the shared weight once (under one mask for all slots, what it keeps) and one packed code per group and slot. Any other:
+    what is stored of it, see :func:`_stored`. A policy file holds as much, but where slots have the same weights, or lack some of them:
+    there it has a copy for each.
     """
     total = 0
     for layer in layers:
-        (weights, bits), (biases, more_bits) = _stored(layer.weight), _stored(layer.bias)
+        (weights, bits), (biases, more_bits) = _stored_weights(layer), _stored(layer.bias)
         total += weights * layer.weight.element_size() + 4 * biases
         bits += more_bits if layer.codes is None else layer.codes.numel() * layer.patterns.code_bits
         total += -(-bits // 8)
     return total
+
+
+def _stored_weights(layer: Linear) -> tuple[int, int]:
+    """As :func:`_stored`, of a layer's weights: those that its one mask drops are of no use to anybody."""
+    return (int(_kept(layer).sum()), 0) if stores_kept_alone(layer) else _stored(layer.weight)
 
 
 def _stored(values: Tensor) -> tuple[int, int]:
@@ -84,7 +90,7 @@ def inspect_net(net: Net) -> dict[str, Any]:
         "overall_sparsity": 1 - float(sum(m.sum() for m in counted)) / sum(m.numel() for m in counted),
         "pattern_entropy": None,
         "mask_hamming": float(off_diagonal(distance).mean()),
-        "params": sum(_stored(layer.weight)[0] + _stored(layer.bias)[0] for layer in net.linears),
+        "params": sum(_stored_weights(layer)[0] + _stored(layer.bias)[0] for layer in net.linears),
         "macs_per_act": sum(int(mask.sum(dtype=torch.float64)) for mask in everyones),
         "bytes": deployed_bytes(net.linears),
         "layers": {name: 1 - float(mask.mean()) for name, mask in zip(layer_names(net), masks, strict=True)},

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import k24
 from k24 import artifact, kernels
 from k24.actions import KINDS, StochasticKind
+from k24.artifact import stores_kept_alone
 from k24.errors import UsageError
 from k24.kernels import GRU, Linear, Net
 from k24.kernels.net import Prepared
@@ -86,6 +87,11 @@ def same(a: Net, b: Net) -> bool:
     )
 
 
+def kept(net: Net) -> Net:
+    """As a file holds it: without what the one mask of a layer drops."""
+    return net.map(lambda layer: replace(layer, weight=layer.effective()) if stores_kept_alone(layer) else layer)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Net]:
     net = random_net()
@@ -103,7 +109,7 @@ def test_round_trip(tmp_path, kind, gru, dtype) -> None:
     net = random_net(kind=kind, gru=gru, dtype=dtype)
     save_policy(tmp_path / "p.safetensors", net, spec_of(net))
     policy = load_policy(tmp_path / "p.safetensors", backend="reference")
-    assert same(policy.net, net)
+    assert same(policy.net, kept(net))
     assert policy.spec == spec_of(net)
     assert isinstance(policy, k24.Policy) and k24.load_policy is load_policy
 
@@ -121,8 +127,40 @@ def test_round_trip_of_any_net(tmp_path_factory, slots, inputs, hidden, outputs,
     net = random_net(slots, inputs + (slots if agent_id else 0), hidden, outputs, kind, dtype, gru, pattern)
     save_policy(path, net, spec_of(net, agent_id, steps=2**40))
     policy = load_policy(path, backend="reference")
-    assert same(policy.net, net)
+    assert same(policy.net, kept(net))
     assert policy.spec == spec_of(net, agent_id, steps=2**40)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:2", "3:4", "2:3", "1:8"])
+def test_weights_that_the_one_mask_of_a_layer_drops_are_not_stored(tmp_path, pattern, inputs) -> None:
+    net = Net((random_linear(inputs, 5, 3, "one mask", pattern=pattern), random_linear(5, 4, 3, "masked", pattern=pattern)), 3)
+    save_policy(tmp_path / "p.safetensors", net, spec_of(net))
+    with safetensors.safe_open(tmp_path / "p.safetensors", "pt") as file:
+        stored = file.get_tensor("fc1.weight"), file.get_tensor("fc2.weight")
+    one, own = net.linears
+    n, m = one.patterns.n, one.patterns.m
+    per_row = inputs if pattern == "1:8" else inputs // m * n + min(inputs % m, n)
+    assert stored[0].shape == (5, per_row), "1:8 would make eight values of each that is read"
+    assert torch.equal(stored[1], own.weight[0]), "what one slot drops another may keep"
+    if pattern != "1:8":
+        assert torch.equal(stored[0].sort(1).values, torch.stack([row[mask.bool()] for row, mask in zip(
+            one.weight[0], one.patterns.mask(one.codes, inputs)[0], strict=True)]).sort(1).values)  # fmt: skip
+    assert same(load_policy(tmp_path / "p.safetensors", backend="reference").net, kept(net))
+
+
+def test_files_of_the_first_version_are_read(saved) -> None:
+    path, net = saved
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    about = json.loads(header["__metadata__"]["k24"])
+    assert about["version"] == 2
+    about["version"] = 1
+    tensors = safetensors.torch.load(data)
+    about["sha256"] = artifact._digest(about, tensors)
+    path.write_bytes(safetensors.torch.save(tensors, {"k24": json.dumps(about)}))
+    assert same(load_policy(path, backend="reference").net, net)
 
 
 @pytest.mark.parametrize("action", KINDS)
@@ -561,6 +599,16 @@ def test_eight_agents_cost_little_more_than_one_dense_network(tmp_path) -> None:
     assert policy.nbytes <= 1.3 * one
     assert load_policy(tmp_path / "dense.safetensors", backend="dense").nbytes == one
     assert same(policy.net, net), "read again"
+
+
+def test_a_team_that_shares_what_lies_between_costs_less_than_one_dense_network(tmp_path) -> None:
+    net, dense = agents_net(8, "masked"), agents_net(1, "shared")
+    first, gru, middle, last = net.blocks
+    one = (GRU(*(replace(layer, codes=layer.codes[:1]) for layer in (gru.input, gru.recurrent))), replace(middle, codes=middle.codes[:1]))
+    net = Net((first, *one, last), 8)
+    save_policy(tmp_path / "p.safetensors", net, spec_of(net))
+    save_policy(tmp_path / "dense.safetensors", dense, spec_of(dense))
+    assert (tmp_path / "p.safetensors").stat().st_size <= 0.65 * (tmp_path / "dense.safetensors").stat().st_size
 
 
 def test_nothing_of_the_net_stays_that_the_backend_does_not_keep(saved, monkeypatch) -> None:

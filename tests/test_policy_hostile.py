@@ -41,6 +41,8 @@ def folder(tmp_path_factory) -> Path:
     save_policy(path / "gru.safetensors", net, spec_of(net))
     net = random_net(slots=2, inputs=6, hidden=2, outputs=2, gru=False, dtype=torch.bfloat16)
     save_policy(path / "small.safetensors", net, spec_of(net, agent_id=True))
+    net = random_net(slots=3, inputs=7, hidden=6, outputs=5, kind="one mask")
+    save_policy(path / "one.safetensors", net, spec_of(net))
     return path
 
 
@@ -124,7 +126,7 @@ def changed(value: Any, path: tuple, change: Callable[[Any, Any], None]) -> Any:
 
 
 def test_the_forger_writes_what_we_write(folder) -> None:
-    for name in ("gru", "small"):
+    for name in ("gru", "small", "one"):
         data = (folder / f"{name}.safetensors").read_bytes()
         forged = Forged(data)
         assert Forged(forged.signed()).about == forged.about
@@ -171,7 +173,7 @@ NASTY = [
     -1, 0, 1, 2, 3, 7, 4097, 2**31, 2**32 + 3, 10**12, 2**63 - 1, 2**63, 10**30, 10**400, 1.0, 1.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "3", "\n", "\0", "\ud800", "x" * 300, "fc1", "gru_input", "fc1.weight", "F16", "BF16", "U8", "I64", "2:4",
     "4:8", "1:99", "500000:1000000", " 2:4", "٢:٤", None, True, False, [], [1], [1, 2], [0, 8], [-8, 0], [10**12] * 3, {}, {"slots": 3},
-    {"slots": 1, "pattern": "2:4"}, [[[[]]]], ["x"] * 50, "gaussian", "deterministic",
+    {"slots": 1, "pattern": "2:4"}, {"slots": 1, "pattern": "2:4", "inputs": 7}, {"slots": 3, "pattern": "2:4", "inputs": 6}, [[[[]]]], ["x"] * 50, "gaussian", "deterministic",
 ]  # fmt: skip
 
 
@@ -226,7 +228,7 @@ def test_thousands_of_forged_and_damaged_files(folder) -> None:
     seen: dict[str | None, int] = {}
     path = folder / "forged.safetensors"
     opened = os.open(path, os.O_WRONLY | os.O_CREAT)
-    for name in ("gru", "small"):
+    for name in ("gru", "small", "one"):
         data = (folder / f"{name}.safetensors").read_bytes()
         files = list(forgeries(data, rng))
         for _ in range(400):  # not signed
@@ -244,7 +246,7 @@ def test_thousands_of_forged_and_damaged_files(folder) -> None:
     os.close(opened)
     assert sum(seen.values()) >= 3000
     # Some forgeries are policies, such as one with another number of steps; and the many faults are told apart.
-    assert 200 < seen.pop(None) < 1500
+    assert 200 < seen.pop(None) < 2250
     assert len(seen) > 60
 
 
@@ -282,7 +284,7 @@ def test_faults_have_names(folder) -> None:
         (number("gru_recurrent.bias", -inf, 17), "the bias of layer gru_recurrent holds NaN or infinity"),
         (codes(0xFF), "hold 7, which is no pattern of 2:4"),
         (codes(0b10010010), "the code 2 in a group whose padding"),
-        (about(lambda a: a.update(version=2)), "has version 2 of the format and needs a newer k24: this one reads up to version 1"),
+        (about(lambda a: a.update(version=3)), "has version 3 of the format and needs a newer k24: this one reads up to version 2"),
         (about(lambda a: a.update(version=10**12, more={})), "needs a newer k24"),
         (about(lambda a: a.update(version="1")), "version must be a whole number"),
         (about(lambda a: a.update(version=True)), "version must be a whole number"),
@@ -321,6 +323,38 @@ def test_faults_have_names(folder) -> None:
         (header(lambda h: h["fc2.weight"].update(data_offsets=h["gru_recurrent.weight"]["data_offsets"], shape=[18, 6])), "begins at byte"),
         (header(lambda h: h.pop("fc3.bias")), "begins at byte"),
         (header(lambda h: h.update(new={"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})), "begins at byte"),
+    ]:
+        message = refused(folder / "fault.safetensors", file)
+        assert message is not None and fault in message, (fault, message)
+
+
+def test_faults_of_kept_weights_have_names(folder) -> None:
+    data = (folder / "one.safetensors").read_bytes()
+
+    def masks(**changes: Any) -> bytes:
+        forged = Forged(data)
+        forged.about["net"]["layers"][0]["masks"].update(changes)
+        return forged.signed()
+
+    def last_code(value: int) -> bytes:  # of fc1: 7 inputs, whose second group has three
+        forged = Forged(data)
+        begin, _ = forged.header["fc1.codes"]["data_offsets"]
+        forged.body[begin] = forged.body[begin] & 0b11000111 | value << 3
+        return forged.signed()
+
+    assert Forged(data).about["net"]["layers"][0]["masks"] == {"slots": 1, "pattern": "2:4", "inputs": 7}
+    assert Forged(data).header["fc1.weight"]["shape"] == [6, 4]
+    for file, fault in [
+        (masks(inputs=8), "the policy's spec has 7"),
+        (masks(inputs=9), "layer fc1 of 9 inputs under 2:4 keeps 5 weights of a row, got weights [6, 4]"),
+        (masks(inputs=10**12), "inputs of layer fc1 must be a whole number in 1..16"),
+        (masks(inputs=0), "inputs of layer fc1 must be a whole number in 1..16"),
+        (masks(inputs="7"), "inputs of layer fc1 must be a whole number"),
+        (masks(inputs=None), "inputs of layer fc1 must be a whole number"),
+        (masks(slots=3), "slots of layer fc1 must be a whole number in 1..1"),
+        (masks(pattern="1:99"), "layer fc1 has kept weights alone, which 1:99 never has"),
+        (masks(pattern="1:4"), "keeps 2 weights of a row, got weights [6, 4]"),
+        (last_code(2), "keep 23 weights, and 24 are there"),
     ]:
         message = refused(folder / "fault.safetensors", file)
         assert message is not None and fault in message, (fault, message)
