@@ -173,7 +173,8 @@ NASTY = [
     -1, 0, 1, 2, 3, 7, 4097, 2**31, 2**32 + 3, 10**12, 2**63 - 1, 2**63, 10**30, 10**400, 1.0, 1.5, -0.0, 1e308, float("nan"),
     float("inf"), "", "x", "3", "\n", "\0", "\ud800", "x" * 300, "fc1", "gru_input", "fc1.weight", "F16", "BF16", "U8", "I64", "2:4",
     "4:8", "1:99", "500000:1000000", " 2:4", "٢:٤", None, True, False, [], [1], [1, 2], [0, 8], [-8, 0], [10**12] * 3, {}, {"slots": 3},
-    {"slots": 1, "pattern": "2:4"}, {"slots": 1, "pattern": "2:4", "inputs": 7}, {"slots": 3, "pattern": "2:4", "inputs": 6}, [[[[]]]], ["x"] * 50, "gaussian", "deterministic",
+    {"slots": 1, "pattern": "2:4"}, {"slots": 1, "pattern": "2:4", "inputs": 7}, {"slots": 3, "pattern": "2:4", "inputs": 6},
+    [[[[]]]], ["x"] * 50, "gaussian", "deterministic",
 ]  # fmt: skip
 
 
