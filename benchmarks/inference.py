@@ -28,7 +28,14 @@ GRIDS: dict[str, tuple[str, dict[str, str]]] = {
     "own masks everywhere, AVX2": (f"{POLICY} --own-masks all", {"K24_ISA": "avx2"}),
     "one layer, weights in bfloat16": ("--op layer --hidden 256 1024 --agents 8 --envs 1 8 128 --dtype bf16", {}),
 }
-RIVALS = {"eager": "eager", "torch": "torch, bound", "onnx": "ONNX Runtime", "twin": "dense twin", "shared": "one for all", "single": "one thread"}
+RIVALS = {
+    "eager": "eager",
+    "torch": "torch, bound",
+    "onnx": "ONNX Runtime",
+    "twin": "dense twin",
+    "shared": "one for all",
+    "single": "one thread",
+}
 
 
 def run(options: str, environment: dict[str, str]) -> dict:
@@ -53,7 +60,8 @@ def number(value: float | None, digits: int) -> str:
 
 def summary(results: dict[str, dict]) -> str:
     """Markdown: medians of each grid."""
-    lines = [f"| grid | cases | over {' | over '.join(RIVALS.values())} | slowest case over the dense twin |", "|---" * (len(RIVALS) + 3) + "|"]
+    lines = [f"| grid | cases | over {' | over '.join(RIVALS.values())} | slowest case over the dense twin |"]
+    lines.append("|---" * (len(RIVALS) + 3) + "|")
     for name, result in results.items():
         rows = result["rows"]
         twins = [row["over_twin"] for row in rows if row["over_twin"] is not None]
@@ -69,7 +77,8 @@ def details(results: dict[str, dict]) -> str:
         machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items() if value is not None)
         lines += ["", f"## {name}", "", f"`{result['command']}`", "", machine, ""]
         names = RIVALS.values()
-        lines += [f"| H | agents | rows | µs | ± | {', µs | '.join(names)}, µs | over {' | over '.join(names)} |", "|---:" * (2 * len(RIVALS) + 5) + "|"]
+        lines.append(f"| H | agents | rows | µs | ± | {', µs | '.join(names)}, µs | over {' | over '.join(names)} |")
+        lines.append("|---:" * (2 * len(RIVALS) + 5) + "|")
         for row in result["rows"]:
             sizes = [str(row[size]) for size in ("hidden", "agents", "envs")]
             times = [number(row.get(key), 1) for key in ("us", "us_iqr", *(f"{rival}_us" for rival in RIVALS))]
