@@ -92,6 +92,8 @@ _ABLATED = (
     "k24:div_coef=0",
     "k24:reset_interval=200",
     "k24:freeze_at=2",
+    "k24:own_masks=feedforward",
+    "k24:own_masks=all",
     "k24:mask_rnn=false",
     "k24_shared",
     "k24_magnitude",

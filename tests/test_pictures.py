@@ -109,6 +109,6 @@ def test_the_picture_of_speed_shows_every_measured_case(pictures):
 
 def test_the_readme_has_the_numbers_of_the_picture(pictures):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+x) \| ([\d.]+x) \| ([\d.]+x) \| ([\d.]+x) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+x) \| ([\d.]+x) \| ([\d.]+x) \| ([\d.]+x) \| ([\d.]+x) \|$", text, re.MULTILINE)
     found = pictures.gains(json.loads(pictures.MEASURED.read_text(encoding="utf-8"))[pictures.GRID])
     assert rows == [(str(n), *(str(gain) for gain in by_rival.values())) for n, by_rival in found.items()]
