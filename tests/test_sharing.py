@@ -167,6 +167,7 @@ def test_deployed_masks_are_exactly_n_of_m_in_every_layer(name: str, forward: st
 @pytest.mark.parametrize("name", K24_FAMILY)
 def test_a_dense_recurrent_part_on_request(name: str) -> None:
     net, sharing = some_net(name, SharingConfig(masks=K24Config(mask_rnn=False)))
+    assert {path for path, layer in net.layers.items() if layer.n_slots == AGENTS and isinstance(layer, MaskedLinear)} <= OWN[None]
     for path, made in zip(net.layers, net.materialise("deploy"), strict=True):
         recurrent = path.startswith("gru")
         assert isinstance(net.layers[path], DenseLinear if recurrent else MaskedLinear)

@@ -151,9 +151,9 @@ class K24(Sharing):
         self._codes: list[Tensor] | None = None
 
     def _make(self, in_features: int, out_features: int, role: Role) -> nn.Module:
+        self._recurrent |= role == "recurrent"  # a GRU comes before the hidden layers
         if role == "recurrent" and not self.config.mask_rnn:
             return DenseLinear(in_features, out_features, self.n_slots)
-        self._recurrent |= role == "recurrent"  # a GRU comes before the hidden layers
         own = self.config.own_masks or ("ends" if self._recurrent else "all")
         common = self.variant in ("shared", "magnitude") or role in COMMON_ROLES[own]
         layer = MaskedLinear(in_features, out_features, 1 if common else self.n_slots, config=self.config)
