@@ -78,7 +78,7 @@ def test_an_own_environment_is_checked_and_learned(tmp_path: Path) -> None:
 
 
 def test_a_policy_acts_without_the_training_stack(tmp_path: Path) -> None:
-    said = run("04_act", tmp_path, "--steps", 2400)
+    said = run("04_act", tmp_path)
     assert first_number(said["right answers"]) > 0.95
     assert said["training stack"].startswith("not imported")
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
