@@ -10,7 +10,9 @@ struct Rows {  // of one slot, one after the other
 constexpr int64_t PANEL_ROWS = 14;
 
 // Whether all slots use the same weights, bias and mask, so that their rows are one block.
-inline bool is_common(const k24_layer& layer) { return layer.weight_slots == 1 && layer.bias_slots == 1 && (!layer.codes || layer.code_slots == 1); }
+inline bool is_common(const k24_layer& layer) {
+  return layer.weight_slots == 1 && layer.bias_slots == 1 && (!layer.codes || layer.code_slots == 1);
+}
 
 struct Isa {
   void* (*create)(int64_t slots, int64_t n_layers, const k24_layer* layers, int32_t layout, int32_t values);  // may throw

@@ -51,7 +51,7 @@ def recurrent(inputs: int, hidden: int, outputs: int, slots: int = 3, **options)
 
 
 def common_gru(inputs: int, hidden: int, outputs: int, slots: int = 3, **options) -> Net:
-    """The same with one mask for all in the GRU, as by default."""
+    """The same with one mask for all in the GRU."""
     first, last = linear(inputs, hidden, slots, relu=True, **options), linear(hidden, outputs, slots, **options)
     return Net((first, gru(hidden, hidden, slots, code_slots=1, **options), last), slots)
 

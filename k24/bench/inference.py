@@ -41,6 +41,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 4 * 2**-8, "fp16": 4 * 2**-11}
 # Ours are compared with these, in this order in tables.
 RIVALS = ("eager", "torch", "compile", "onnx", "twin", "shared", "single")
+# Which form of a rival was the fastest.
+_HOW = ("torch_how", "onnx_how", "shared_how")
 # From so many shapes on, `--compile auto` leaves torch.compile out: it takes seconds for each.
 FEW_CASES = 4
 # More than any GPU's L2 cache.
@@ -254,8 +256,7 @@ def measure(case: Case, options: BenchInference, compiled: bool = False, clock: 
     h = torch.randn(case.agents, case.envs, net.hidden, generator=generator).tanh().to(net.device, kind)
     row: dict[str, Any] = {name: getattr(case, name) for name in ("op", "hidden", "agents", "envs", "dtype", "backend")}
     notes = {} if case.note is None else {"backend": case.note}
-    row |= {"us": None, "us_iqr": None, **{f"{name}_us": None for name in RIVALS}, "torch_how": None, "onnx_how": None}
-    row |= {"shared_how": None}
+    row |= {"us": None, "us_iqr": None, **{f"{name}_us": None for name in RIVALS}, **dict.fromkeys(_HOW)}
     row |= {**{f"over_{name}": None for name in RIVALS}, "max_abs_err": None, "nbytes": None, "error": None, "notes": notes}
     with torch.inference_mode():
         gate = _Gate(net, x, h, case.dtype)
@@ -362,7 +363,7 @@ def _on_cpu(
         if candidates:
             field[name] = fastest(candidates, sample, options.repeats, pause)
     timed = race({name: candidate.run for name, candidate in field.items()}, sample, options.repeats, pause=pause)
-    return found | figures(timed) | {f"{name}_how": field[name].how for name in ("torch", "onnx", "shared") if name in field}
+    return found | figures(timed) | {f"{name}_how": field[name].how for name in RIVALS if name in field and f"{name}_how" in _HOW}
 
 
 def _on_cuda(net: Net, x: Tensor, h: Tensor, ours: Candidate, gate: _Gate, repeats: int | None, notes: dict[str, str]) -> dict[str, Any]:
