@@ -93,6 +93,7 @@ _ABLATED = (
     "k24:reset_interval=200",
     "k24:freeze_at=2",
     "k24:own_masks=feedforward",
+    "k24:own_masks=first",
     "k24:own_masks=all",
     "k24:mask_rnn=false",
     "k24_shared",

@@ -179,6 +179,7 @@ OWN = {
     "all": {"fc1", "gru_input", "gru_recurrent", "fc2", "fc3", "fc4"},
     "feedforward": {"fc1", "fc2", "fc3", "fc4"},
     "ends": {"fc1", "fc4"},
+    "first": {"fc1"},
     None: {"fc1", "fc4"},
 }
 

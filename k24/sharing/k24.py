@@ -31,9 +31,14 @@ from k24.sparse.slots import SlotWeights
 # Of the learning rates of alpha and of masked weights, where nothing is said: docs/lab-notes.md has what others gave.
 ALPHA_LR_SCALE, WEIGHT_LR_SCALE = 60.0, 2.0
 Variant = Literal["learned", "random", "shared", "magnitude"]
-OwnMasks = Literal["all", "feedforward", "ends"]
+OwnMasks = Literal["all", "feedforward", "ends", "first"]
 # Roles of the layers that have one mask for all slots.
-COMMON_ROLES: dict[OwnMasks, tuple[Role, ...]] = {"all": (), "feedforward": ("recurrent",), "ends": ("recurrent", "hidden")}
+COMMON_ROLES: dict[OwnMasks, tuple[Role, ...]] = {
+    "all": (),
+    "feedforward": ("recurrent",),
+    "ends": ("recurrent", "hidden"),
+    "first": ("recurrent", "hidden", "output"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class K24Config(MaskConfig):
     weight_lr_scale: float | None = None
     """Learning rate of masked weights, likewise: half as many inputs at twice the pace move an output as far; 2 if not given, MATD3: 1."""
     own_masks: OwnMasks | None = None
-    """Layers with a mask for each agent: all, all but the GRU, or the first and the last; if not given, ends with a GRU and all without."""
+    """Layers with a mask for each agent: all, all but the GRU, first and last, or the first; ends with a GRU if not given, else all."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     div_coef: float = 0.1
