@@ -333,6 +333,8 @@ def test_a_layer_without_a_choice_does_not_disturb_diversity() -> None:
     ("settings", "message"),
     [
         ({"alpha_lr_scale": -1.0}, "alpha_lr_scale -1.0 must not be negative"),
+        ({"alpha_decay": 1.0}, r"alpha_decay 1.0 must lie in \[0, 1\)"),
+        ({"alpha_decay": -0.1}, r"alpha_decay -0.1 must lie in \[0, 1\)"),
         ({"div_coef": -1.0}, r"div_coef \(=-1.0\) must not be negative"),
         ({"reset_ratio": 1.5}, r"reset_ratio \(=1.5\) in \[0, 1\]"),
         ({"kl_threshold": 0.0}, "kl_threshold 0.0 must be positive"),

@@ -15,7 +15,7 @@ from k24.errors import UsageError
 from k24.learners import Episodes, ValueConfig, ValueLearner
 from k24.sharing import Events, K24Config, SharingConfig, make_sharing
 from k24.sharing.k24 import K24
-from k24.sparse import MaskConfig, MaskedLinear, Reset, TemperatureSchedule, clear_moments, drop_state, reset_layer
+from k24.sparse import MaskConfig, MaskedLinear, Reset, TemperatureSchedule, clear_moments, draw_together, drop_state, reset_layer
 
 TOTAL = 100  # gradient steps of a whole training
 
@@ -34,6 +34,39 @@ def one_step(scheme: K24, k: int, policy_kl: float | None = None) -> Events:
     scheme.resample(k / TOTAL)
     scheme.aux_loss([layer.materialise("train") for layer in scheme.layers], torch.tensor(1.0))  # type: ignore[operator]
     return scheme.step(k / TOTAL, 1000 * k, policy_kl)
+
+
+# --- decay of differences ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.floats(0, 0.99), st.integers(0, 1000))
+def test_drawing_together_keeps_the_mean_and_takes_a_share_of_each_difference(slots: int, share: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = MaskedLinear(6, 4, slots, config=MaskConfig(hetero_init_scale=2.0))
+    before = layer.alpha.detach().clone()
+    draw_together(layer, share)
+    mean = before.mean(0)
+    torch.testing.assert_close(layer.alpha.detach(), mean + (1 - share) * (before - mean))
+
+
+def test_alphas_come_together_at_each_step_until_masks_are_frozen() -> None:
+    scheme = some_scheme(alpha_decay=0.25, hetero_init_scale=1.0, freeze_at=0.5)
+    apart = [layer.alpha.detach().std(0) for layer in scheme.masked]
+    for k in range(3):
+        one_step(scheme, k)
+    for layer, before in zip(scheme.masked, apart, strict=True):
+        torch.testing.assert_close(layer.alpha.detach().std(0), 0.75**3 * before)
+    one_step(scheme, 50)
+    frozen = [layer.alpha.detach().clone() for layer in scheme.masked]
+    one_step(scheme, 51)
+    assert all(torch.equal(layer.alpha, before) for layer, before in zip(scheme.masked, frozen, strict=True))
+
+
+def test_without_decay_only_gradients_move_alphas() -> None:
+    scheme = some_scheme(alpha_decay=0.0, hetero_init_scale=1.0)
+    before = [layer.alpha.detach().clone() for layer in scheme.masked]
+    one_step(scheme, 1)
+    assert all(torch.equal(layer.alpha, alpha) for layer, alpha in zip(scheme.masked, before, strict=True))
 
 
 # --- temperature -----------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from k24.errors import UsageError
 from k24.sharing.base import Events, Role, Sharing
 from k24.sharing.dense import DenseLinear
 from k24.sparse.diversity import AdaptiveCoefficient, DiversityLoss, diversity_loss
-from k24.sparse.dynamics import Reset, of_slot, reset_layer
+from k24.sparse.dynamics import Reset, draw_together, of_slot, reset_layer
 from k24.sparse.layers import MaskConfig, MaskedLinear
 from k24.sparse.metrics import mask_metrics
 from k24.sparse.patterns import PatternSet
@@ -53,6 +53,8 @@ class K24Config(MaskConfig):
     """Layers with a mask for each agent: all, all but the GRU, first and last, or the first; ends with a GRU if not given, else all."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
+    alpha_decay: float = 0.0
+    """Share of its distance from the agents' mean that alpha loses at each gradient step: only what the task asks keeps agents apart."""
     div_coef: float = 0.1
     """Share of the task loss given to diversity; 0 for none."""
     diversity: DiversityLoss = "orthogonality"
@@ -77,6 +79,8 @@ class K24Config(MaskConfig):
             raise UsageError(f"alpha_lr_scale {self.alpha_lr_scale} must not be negative")
         if self.weight_lr_scale is not None and not self.weight_lr_scale > 0:
             raise UsageError(f"weight_lr_scale {self.weight_lr_scale} must be positive")
+        if not 0 <= self.alpha_decay < 1:
+            raise UsageError(f"alpha_decay {self.alpha_decay} must lie in [0, 1): 0.003 is usual")
         if not self.div_coef >= 0 or self.deque_len < 1:
             raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
         if self.reset_interval < 0 or not 0 <= self.reset_ratio <= 1:
@@ -120,7 +124,7 @@ def idle_settings(config: K24Config, variant: Variant) -> dict[str, str]:
     if config.div_coef == 0:
         found |= dict.fromkeys(_DIVERSITY - {"div_coef"}, "div_coef is 0")
     if variant in ("shared", "magnitude"):
-        found |= dict.fromkeys(_DIVERSITY | {"own_masks"}, "one mask for all agents cannot differ from itself")
+        found |= dict.fromkeys(_DIVERSITY | {"own_masks", "alpha_decay"}, "one mask for all agents cannot differ from itself")
     if variant == "magnitude":
         found |= dict.fromkeys(_EMA | {"ema_every", "alpha_lr_scale", "hetero_init_scale"}, "masks follow the size of weights alone")
     if variant == "random":
@@ -197,7 +201,7 @@ class K24(Sharing):
         return coefficient * loss
 
     def step(self, progress: float, env_steps: int, policy_kl: float | None = None, generator: torch.Generator | None = None) -> Events:
-        """Resets every so often, or when the policy has moved far; freezes once."""
+        """Draws alphas together; resets every so often, or when the policy has moved far; freezes once."""
         if self._frozen:
             return Events()
         if progress >= self.config.freeze_progress:
@@ -206,6 +210,10 @@ class K24(Sharing):
                 layer.freeze()
             return Events(frozen=True, retired=self.retired())
         self._steps += 1
+        if self.config.alpha_decay:
+            for layer in self.masked:
+                if layer.n_slots > 1:
+                    draw_together(layer, self.config.alpha_decay)
         every = self.config.reset_interval
         due = every and self._steps - self._last_reset >= every
         moved = self.config.adaptive_reset and policy_kl is not None and policy_kl > self.config.kl_threshold

@@ -1,7 +1,7 @@
 """N:M masks over a shared weight: patterns, scores, layers, schedules, diversity. Needs only torch and numpy."""
 
 from k24.sparse.diversity import AdaptiveCoefficient, diversity_loss, pattern_orthogonality
-from k24.sparse.dynamics import Reset, clear_moments, drop_state, reset_layer
+from k24.sparse.dynamics import Reset, clear_moments, draw_together, drop_state, reset_layer
 from k24.sparse.gru import MaskedGRU, gru_sequence, gru_step
 from k24.sparse.layers import MaskConfig, MaskedLinear
 from k24.sparse.metrics import mask_metrics
@@ -22,6 +22,7 @@ __all__ = [
     "apply_slots",
     "clear_moments",
     "diversity_loss",
+    "draw_together",
     "drop_state",
     "gru_sequence",
     "gru_step",

@@ -1,4 +1,4 @@
-"""What is set anew while masks are trained, and what an optimiser must then forget.
+"""What moves masks besides their gradient: slots drawn together, entries set anew, and what an optimiser must then forget.
 
 Resets keep alternatives alive while they can still matter: alphas that never get their weight kept, weights that no slot keeps.
 """
@@ -73,6 +73,20 @@ def reset_layer(layer: MaskedLinear, ratio: float, generator: torch.Generator | 
     fresh = torch.empty_like(layer.weight).uniform_(-bound, bound, generator=generator)
     layer.weight.copy_(torch.where(weights, fresh, layer.weight))
     return [Reset(layer.alpha, alphas), Reset(layer.weight, weights)]
+
+
+@torch.no_grad()
+def draw_together(layer: MaskedLinear, share: float) -> None:
+    """Moves each slot's alphas a share of the way to the slots' mean, as decoupled weight decay moves weights towards zero.
+
+    Not a loss: Adam follows a gradient that is small and steady as far as a large one, so a penalty of any size would bring slots together
+    that the task wants apart (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, section 2, on decay of weights).
+
+    Args:
+        layer: A layer that is not frozen.
+        share: In [0, 1).
+    """
+    layer.alpha.lerp_(layer.alpha.mean(0, keepdim=True).expand_as(layer.alpha), share)
 
 
 @torch.no_grad()
