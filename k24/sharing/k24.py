@@ -53,9 +53,9 @@ class K24Config(MaskConfig):
     """Layers with a mask for each agent: all, all but the GRU, first and last, or the first; ends with a GRU if not given, else all."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
-    alpha_decay: float = 0.0
+    alpha_decay: float = 0.003
     """Share of its distance from the agents' mean that alpha loses at each gradient step: only what the task asks keeps agents apart."""
-    div_coef: float = 0.1
+    div_coef: float = 0.0
     """Share of the task loss given to diversity; 0 for none."""
     diversity: DiversityLoss = "orthogonality"
     """Which diversity loss."""

@@ -62,7 +62,7 @@ class MaskConfig:
     """Factor on the logits."""
     init_gain: float = 2.0
     """Factor on the initial weights; masks take away energy, up to 1 - (N/M)² of it while they are soft and even."""
-    hetero_init_scale: float = 0.01
+    hetero_init_scale: float = 0.3
     """Standard deviation of alpha at the start."""
     ema_every: int = 0
     """Scale scores by the running magnitude of inputs, updated every so many training forward passes; 0 leaves it out."""
