@@ -281,7 +281,7 @@ NAMES = {
 
 def test_every_public_metric_is_logged_and_a_number() -> None:
     env = make_env("toy/memory", 8)
-    sharing = make_sharing("k24", env.spec.n_agents)
+    sharing = make_sharing("k24", env.spec.n_agents, SharingConfig(masks=K24Config(div_coef=0.1)))
     learner = ValueLearner("qmix", env.spec, sharing, ValueConfig(batch_size=8, env_steps_per_update=32), hidden=8)
     for step in range(2):
         learner.gather(env, 32 * step, seed=step)

@@ -187,7 +187,7 @@ OWN = {
 @pytest.mark.parametrize("own_masks", OWN)
 @pytest.mark.parametrize("name", ["k24", "k24_random"])
 def test_layers_with_a_mask_for_each_slot(name: str, own_masks: str | None) -> None:
-    config = K24Config(own_masks=own_masks, hetero_init_scale=1.0)  # type: ignore[arg-type]
+    config = K24Config(own_masks=own_masks, hetero_init_scale=1.0, div_coef=0.1)  # type: ignore[arg-type]
     net, sharing = some_net(name, SharingConfig(masks=config))
     made = net.materialise("train")
     assert {path for path, weights in zip(net.layers, made, strict=True) if len(weights.weight) == AGENTS} == OWN[own_masks]
@@ -321,7 +321,7 @@ def test_diversity_is_scaled_to_its_share_of_the_task_loss() -> None:
 
 
 def test_a_layer_without_a_choice_does_not_disturb_diversity() -> None:
-    sharing = make_sharing("k24", 3)
+    sharing = make_sharing("k24", 3, SharingConfig(masks=K24Config(div_coef=0.1)))
     narrow, wide = sharing.linear(2, 8, "input"), sharing.linear(8, 8, "hidden")
     sharing.resample(0.0)
     loss = sharing.aux_loss([narrow.materialise("train"), wide.materialise("train")], torch.tensor(1.0))  # type: ignore[operator]

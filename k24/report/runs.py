@@ -1,7 +1,7 @@
 """Finished runs, read from their folders and put into a grid of methods × tasks × seeds.
 
 A run folder is ``…/<algo>-<method>/seed<k>``, as ``k24 train`` and ``k24 sweep`` name them; its task is the one in its configuration,
-with the task's arguments. A method's name holds the options that set it apart, ``qmix-k24,div_coef=0``.
+with the task's arguments. A method's name holds the options that set it apart, ``qmix-k24,div_coef=0.1``.
 """
 
 from __future__ import annotations

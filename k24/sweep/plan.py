@@ -3,10 +3,10 @@
 Two notations say what differs between runs, and name their folders:
 
 * a task is ``TASK`` or ``TASK,name=value,…`` with arguments of the task, e.g. ``toy/specialisation,n_agents=4``;
-* a method is ``SCHEME`` or ``SCHEME:option=value,…`` with options of ``k24 train``, e.g. ``k24:div_coef=0,hidden=92``.
+* a method is ``SCHEME`` or ``SCHEME:option=value,…`` with options of ``k24 train``, e.g. ``k24:div_coef=0.1,hidden=92``.
 
 A run's folder is ``<out>/<task>/<algo>-<method>/seed<k>``, where the colon of a method has become a comma, so that it reads
-``qmix-k24,div_coef=0,hidden=92``.
+``qmix-k24,div_coef=0.1,hidden=92``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Method:
             UsageError: It is neither, or an option is one that the sweep sets.
         """
         scheme, colon, rest = text.partition(":")
-        example = "write SCHEME or SCHEME:option=value,option=value, for example k24:div_coef=0,hidden=92"
+        example = "write SCHEME or SCHEME:option=value,option=value, for example k24:div_coef=0.1,hidden=92"
         if not scheme or (colon and not rest):
             raise UsageError(f"method {text!r} is incomplete: {example}")
         options: dict[str, str] = {}
