@@ -193,7 +193,7 @@ def architecture() -> plt.Figure:
             y = framed if "2:4 patterns" in (before, after) else centre
             sheet.arrow((left[before] + width[before] + 0.06, y), (left[after] - 0.07, y))
         if agent:
-            sheet.text(left["2:4 patterns"] + width["2:4 patterns"] / 2, top - 0.2, "↕ diversity loss keeps them apart", SMALL, GREY)
+            sheet.text(left["2:4 patterns"] + width["2:4 patterns"] / 2, top - 0.2, "↕ kept apart by the task alone", SMALL, GREY)
     apart = off_diagonal(mask_distance([found.mask]))
     words = f"two agents differ in\n{apart.min():.0%} to {apart.max():.0%} of places"
     sheet.text(left["masked nets"] + wide / 2, tops[-1] + size + 0.25, words, SMALL, GREY)

@@ -15,7 +15,7 @@ Four pieces, all of them BenchMARL's own ways in:
   together, by BenchMARL.
 
 Progress is a buffer of the model, as codes and freeze are of the layers: that is what checkpoints and copies of a policy (target networks,
-collectors on another device) take along. What k24's own learners do besides, diversity and resets, is left out; a diversity loss would be
+collectors on another device) take along. What k24's own learners do besides, drawing alphas together, is left out; a diversity loss would be
 added to ``loss_objective`` in an Algorithm's ``process_loss_vals``.
 """
 
