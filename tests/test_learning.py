@@ -159,6 +159,9 @@ def test_units_learn_what_their_type_must_do(tmp_path, algo, sharing):
     if LEARNERS[algo].settings is PPOConfig:
         # Rounds are half as long as those of toy/memory. A type that has settled on the wrong action has to leave it again.
         config = dataclasses.replace(config, steps=3200, learner=dataclasses.replace(config.learner, entropy_coef=0.05))
+    else:
+        # At the rate of toy/memory one of ten seeds of VDN and QMIX never leaves the wrong action, with masks that are drawn together or not.
+        config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, lr=2e-3))
     found = train(config, tmp_path / "run").evaluation
     assert found["win_rate"] == 1
     assert found["return_mean"] == pytest.approx(UnitGame(1).optimal_return, abs=0.1)  # how many die is luck
