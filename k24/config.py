@@ -23,8 +23,9 @@ from k24.sparse.patterns import PatternSet
 MAX_HIDDEN = 16_384
 # Beyond any count of steps, episodes or environments.
 MAX_COUNT = 10**12
-# Where others than K24's own suit masks: a policy that follows critics' gradients loses its way when it runs ahead of them.
-_LR_SCALES = {"matd3": {"alpha_lr_scale": 1.0, "weight_lr_scale": 1.0}}
+# Where others than K24's own suit masks: a policy that follows critics' gradients loses its way when it runs ahead of them. Alphas that
+# learn a sixtieth as fast are drawn together a sixtieth as fast, or nothing could hold them apart.
+_MASK_RATES = {"matd3": {"alpha_lr_scale": 1.0, "weight_lr_scale": 1.0, "alpha_decay": 5e-5}}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class TrainConfig:
     @property
     def sharing_config(self) -> SharingConfig:
         """Settings of all schemes, with what is left open filled in by what suits the learner."""
-        open_: dict[str, Any] = {name: scale for name, scale in _LR_SCALES.get(self.algo, {}).items() if getattr(self.masks, name) is None}
+        open_: dict[str, Any] = {name: rate for name, rate in _MASK_RATES.get(self.algo, {}).items() if getattr(self.masks, name) is None}
         return SharingConfig(dataclasses.replace(self.masks, **open_), self.kaleidoscope, self.snp, self.hypermarl, self.seps)
 
     @property

@@ -56,10 +56,17 @@ def test_alphas_come_together_at_each_step_until_masks_are_frozen() -> None:
         one_step(scheme, k)
     for layer, before in zip(scheme.masked, apart, strict=True):
         torch.testing.assert_close(layer.alpha.detach().std(0), 0.75**3 * before)
-    one_step(scheme, 50)
     frozen = [layer.alpha.detach().clone() for layer in scheme.masked]
+    one_step(scheme, 50)
     one_step(scheme, 51)
     assert all(torch.equal(layer.alpha, before) for layer, before in zip(scheme.masked, frozen, strict=True))
+
+
+def test_by_default_an_alpha_loses_three_thousandths_of_its_difference() -> None:
+    scheme = some_scheme()
+    before = scheme.masked[0].alpha.detach().std(0)
+    one_step(scheme, 1)
+    torch.testing.assert_close(scheme.masked[0].alpha.detach().std(0), 0.997 * before)
 
 
 def test_without_decay_only_gradients_move_alphas() -> None:

@@ -28,8 +28,8 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
-# Of the learning rates of alpha and of masked weights, where nothing is said: docs/lab-notes.md has what others gave.
-ALPHA_LR_SCALE, WEIGHT_LR_SCALE = 60.0, 2.0
+# Of the learning rates of alpha and of masked weights, where nothing is said, and the decay of alpha: docs/lab-notes.md has what others gave.
+ALPHA_LR_SCALE, WEIGHT_LR_SCALE, ALPHA_DECAY = 60.0, 2.0, 0.003
 Variant = Literal["learned", "random", "shared", "magnitude"]
 OwnMasks = Literal["all", "feedforward", "ends", "first"]
 # Roles of the layers that have one mask for all slots.
@@ -53,8 +53,8 @@ class K24Config(MaskConfig):
     """Layers with a mask for each agent: all, all but the GRU, first and last, or the first; ends with a GRU if not given, else all."""
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
-    alpha_decay: float = 0.003
-    """Share of its distance from the agents' mean that alpha loses at each gradient step: only what the task asks keeps agents apart."""
+    alpha_decay: float | None = None
+    """Share of its distance from the agents' mean that alpha loses at each gradient step; 0.003 when not given, MATD3: 0.00005."""
     div_coef: float = 0.0
     """Share of the task loss given to diversity; 0 for none."""
     diversity: DiversityLoss = "orthogonality"
@@ -79,7 +79,7 @@ class K24Config(MaskConfig):
             raise UsageError(f"alpha_lr_scale {self.alpha_lr_scale} must not be negative")
         if self.weight_lr_scale is not None and not self.weight_lr_scale > 0:
             raise UsageError(f"weight_lr_scale {self.weight_lr_scale} must be positive")
-        if not 0 <= self.alpha_decay < 1:
+        if self.alpha_decay is not None and not 0 <= self.alpha_decay < 1:
             raise UsageError(f"alpha_decay {self.alpha_decay} must lie in [0, 1): 0.003 is usual")
         if not self.div_coef >= 0 or self.deque_len < 1:
             raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
@@ -210,10 +210,12 @@ class K24(Sharing):
                 layer.freeze()
             return Events(frozen=True, retired=self.retired())
         self._steps += 1
-        if self.config.alpha_decay:
+        decay = ALPHA_DECAY if self.config.alpha_decay is None else self.config.alpha_decay
+        if decay:
+            # So that agents end as different as the task makes them: what noise has parted comes back together.
             for layer in self.masked:
                 if layer.n_slots > 1:
-                    draw_together(layer, self.config.alpha_decay)
+                    draw_together(layer, decay)
         every = self.config.reset_interval
         due = every and self._steps - self._last_reset >= every
         moved = self.config.adaptive_reset and policy_kl is not None and policy_kl > self.config.kl_threshold
