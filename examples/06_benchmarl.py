@@ -15,8 +15,8 @@ Four pieces, all of them BenchMARL's own ways in:
   together, by BenchMARL.
 
 Progress is a buffer of the model, as codes and freeze are of the layers: that is what checkpoints and copies of a policy (target networks,
-collectors on another device) take along. What k24's own learners do besides, drawing alphas together, is left out; a diversity loss would be
-added to ``loss_objective`` in an Algorithm's ``process_loss_vals``.
+collectors on another device) take along. What k24's own learners do besides, drawing alphas together, is left out.
+A diversity loss would be added to ``loss_objective`` in an Algorithm's ``process_loss_vals``.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def main(options: Options, folder: Path) -> None:
     print(f"task                 VMAS navigation, {model.n_agents} agents, MAPPO of BenchMARL, policy {type(model).__name__}")
     first, last = fmean(driver.returns[:3]), fmean(driver.returns[-3:])
     print(f"return               {first:.3f} in the first three rounds, {last:.3f} in the last three")
-    print(f"alpha                moved by {moved:.2f} on average (it begins at 0.01)")
+    print(f"alpha                moved by {moved:.2f} on average (it begins with a standard deviation of 0.3)")
     print(f"masks                frozen after {driver.frozen_after:,} of {experiment.total_frames:,} frames; exactly 2:4: {exact}")
     print(f"share of weights     {float(kept.mean()):.3f} kept by each agent")
     print(f"distance of masks    {float(pairs.mean()):.3f} between agents (0 same, 0.5 independent)")

@@ -75,7 +75,7 @@ _COMPARED = (
     *("kaleidoscope", "kaleidoscope:kaleidoscope.threshold_lr_scale=20", "fups_id", "fups_bias", "nops"),
 )
 
-# k24 with one thing changed.
+# k24 with one thing changed, or what was the default together.
 _ABLATED = (
     "k24",
     "k24:gate=sigmoid",

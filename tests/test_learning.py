@@ -160,7 +160,7 @@ def test_units_learn_what_their_type_must_do(tmp_path, algo, sharing):
         # Rounds are half as long as those of toy/memory. A type that has settled on the wrong action has to leave it again.
         config = dataclasses.replace(config, steps=3200, learner=dataclasses.replace(config.learner, entropy_coef=0.05))
     else:
-        # At the rate of toy/memory one of ten seeds of VDN and QMIX never leaves the wrong action, with masks that are drawn together or not.
+        # At the rate of toy/memory one of ten runs of VDN and QMIX never leaves the wrong action, whether masks are drawn together or not.
         config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, lr=2e-3))
     found = train(config, tmp_path / "run").evaluation
     assert found["win_rate"] == 1

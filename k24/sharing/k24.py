@@ -28,7 +28,7 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
-# Of the learning rates of alpha and of masked weights, where nothing is said, and the decay of alpha: docs/lab-notes.md has what others gave.
+# Where nothing is said, of the learning rates of alpha and of masked weights, and alpha's decay: docs/lab-notes.md has what others gave.
 ALPHA_LR_SCALE, WEIGHT_LR_SCALE, ALPHA_DECAY = 60.0, 2.0, 0.003
 Variant = Literal["learned", "random", "shared", "magnitude"]
 OwnMasks = Literal["all", "feedforward", "ends", "first"]
