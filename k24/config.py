@@ -23,9 +23,9 @@ from k24.sparse.patterns import PatternSet
 MAX_HIDDEN = 16_384
 # Beyond any count of steps, episodes or environments.
 MAX_COUNT = 10**12
-# Where others than K24's own suit masks: a policy that follows critics' gradients loses its way when it runs ahead of them. Alphas that
-# learn a sixtieth as fast are drawn together a sixtieth as fast, or nothing could hold them apart.
-_MASK_RATES = {"matd3": {"alpha_lr_scale": 1.0, "weight_lr_scale": 1.0, "alpha_decay": 5e-5}}
+# Where others than K24's own suit masks: a policy that follows critics' gradients loses its way when it runs ahead of them. Alphas as
+# slow as that cannot hold out against being drawn together, and what pushes them apart has been better there (docs/lab-notes.md).
+_MASKS_FOR = {"matd3": {"alpha_lr_scale": 1.0, "weight_lr_scale": 1.0, "alpha_decay": 0.0, "div_coef": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class TrainConfig:
     @property
     def sharing_config(self) -> SharingConfig:
         """Settings of all schemes, with what is left open filled in by what suits the learner."""
-        open_: dict[str, Any] = {name: rate for name, rate in _MASK_RATES.get(self.algo, {}).items() if getattr(self.masks, name) is None}
+        open_: dict[str, Any] = {name: value for name, value in _MASKS_FOR.get(self.algo, {}).items() if getattr(self.masks, name) is None}
         return SharingConfig(dataclasses.replace(self.masks, **open_), self.kaleidoscope, self.snp, self.hypermarl, self.seps)
 
     @property

@@ -54,9 +54,9 @@ class K24Config(MaskConfig):
     mask_rnn: bool = True
     """Whether the GRU is masked too; a dense one holds most of the multiply-adds and caps the speed-up near 1.14x."""
     alpha_decay: float | None = None
-    """Share of its distance from the agents' mean that alpha loses at each gradient step; 0.003 when not given, MATD3: 0.00005."""
-    div_coef: float = 0.0
-    """Share of the task loss given to diversity; 0 for none."""
+    """Share of its distance from the agents' mean that alpha loses at each gradient step; 0.003 when not given, MATD3: 0."""
+    div_coef: float | None = None
+    """Share of the task loss given to diversity; 0, for none, when not given, MATD3: 0.1."""
     diversity: DiversityLoss = "orthogonality"
     """Which diversity loss."""
     deque_len: int = 100
@@ -81,7 +81,7 @@ class K24Config(MaskConfig):
             raise UsageError(f"weight_lr_scale {self.weight_lr_scale} must be positive")
         if self.alpha_decay is not None and not 0 <= self.alpha_decay < 1:
             raise UsageError(f"alpha_decay {self.alpha_decay} must lie in [0, 1): 0.003 is usual")
-        if not self.div_coef >= 0 or self.deque_len < 1:
+        if not (self.div_coef or 0) >= 0 or self.deque_len < 1:
             raise UsageError(f"div_coef (={self.div_coef}) must not be negative and deque_len (={self.deque_len}) at least 1")
         if self.reset_interval < 0 or not 0 <= self.reset_ratio <= 1:
             raise UsageError(f"reset_interval (={self.reset_interval}) must be >= 0 and reset_ratio (={self.reset_ratio}) in [0, 1]")
@@ -121,7 +121,7 @@ def idle_settings(config: K24Config, variant: Variant) -> dict[str, str]:
         found["reset_ratio"] = "reset_interval is 0 and adaptive_reset is off"
     if config.ema_every == 0:
         found |= dict.fromkeys(_EMA, "ema_every is 0")
-    if config.div_coef == 0:
+    if not config.div_coef:
         found |= dict.fromkeys(_DIVERSITY - {"div_coef"}, "div_coef is 0")
     if variant in ("shared", "magnitude"):
         found |= dict.fromkeys(_DIVERSITY | {"own_masks", "alpha_decay"}, "one mask for all agents cannot differ from itself")
@@ -149,7 +149,7 @@ class K24(Sharing):
             self.config = replace(self.config, hetero_init_scale=0.0, ema_every=0)
         # 1/P is where independent masks sit; see AdaptiveCoefficient.
         floor = 1 / PatternSet.parse(self.config.pattern).n_patterns if self.config.diversity == "orthogonality" else 1e-3
-        self._coefficient = AdaptiveCoefficient(self.config.div_coef, self.config.deque_len, floor)
+        self._coefficient = AdaptiveCoefficient(self.config.div_coef or 0.0, self.config.deque_len, floor)
         self._steps = self._last_reset = 0
         self.wants_policy_kl = self.config.adaptive_reset and variant != "random"
         self._frozen = variant == "random"
@@ -192,7 +192,7 @@ class K24(Sharing):
                 layer.count_usage()
         pis = [made.pi for made in weights if made.pi is not None and made.pi.numel()]  # a layer may leave no group a choice
         pis = [pi for pi in pis if pi.shape[1] > 1]  # or have one mask for all
-        if self.config.div_coef == 0 or not pis:
+        if not self.config.div_coef or not pis:
             return None
         loss = diversity_loss(self.config.diversity, pis, self.masked[0].patterns)
         value = float(loss.detach())
