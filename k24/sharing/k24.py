@@ -28,7 +28,7 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
-# Where nothing is said, of the learning rates of alpha and of masked weights, and alpha's decay: docs/lab-notes.md has what others gave.
+# What holds where nothing is said: two factors on the learning rate, and a decay. docs/lab-notes.md has what others gave.
 ALPHA_LR_SCALE, WEIGHT_LR_SCALE, ALPHA_DECAY = 60.0, 2.0, 0.003
 Variant = Literal["learned", "random", "shared", "magnitude"]
 OwnMasks = Literal["all", "feedforward", "ends", "first"]
@@ -190,9 +190,11 @@ class K24(Sharing):
         if self.config.reset_interval or self.config.adaptive_reset:
             for layer in self.masked:
                 layer.count_usage()
+        if not self.config.div_coef:
+            return None
         pis = [made.pi for made in weights if made.pi is not None and made.pi.numel()]  # a layer may leave no group a choice
         pis = [pi for pi in pis if pi.shape[1] > 1]  # or have one mask for all
-        if not self.config.div_coef or not pis:
+        if not pis:
             return None
         loss = diversity_loss(self.config.diversity, pis, self.masked[0].patterns)
         value = float(loss.detach())
