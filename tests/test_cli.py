@@ -359,6 +359,8 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
         ("train toy/matrix --steps abc", "--steps: wants a whole number such as 1000000, got 'abc'; 'k24 train --help' lists the options"),
         ("train toy/matrix --steps 1.5", "--steps: wants a whole number such as 1000000, got '1.5'"),
         ("train toy/matrix --lr fast", "--lr: wants a number, got 'fast'"),
+        ("train toy/matrix --alpha-decay x", "--alpha-decay: wants a number or None, got 'x'; 'k24 train --help' lists the options"),
+        ("train toy/matrix --workers 1.5", "--workers: wants a whole number such as 1000000 or None, got '1.5'"),
         ("train toy/matrix --diversity much", "invalid choice 'much' for argument '--diversity'. Expected one of ('orthogonality', "),
         ("train toy/matrix --kaleidoscope.div-coef x", "--kaleidoscope.div-coef: wants a number, got 'x'"),
         ("train toy/matrix --steps", "Missing value for argument '--steps'"),

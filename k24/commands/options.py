@@ -52,6 +52,8 @@ def _one_line(message: str, command: str) -> str:
     first = re.sub(r"^Error parsing (--\S+: )?(\S+: )?", r"\1", " ".join(paragraphs[0])) or "wrong options"
     first = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"wants a whole number such as 1000000, got \1", first)
     first = re.sub(r"could not convert string to float: (.*)", r"wants a number, got \1", first)
+    # A setting that may be left open is a union for the parser, which tells what each of its types says.
+    first = re.sub(r"no type matching \{None\}\|\S+ could be instantiated.* (wants a .*?), got (.*)", r"\1 or None, got \2", first)
     first = re.sub(r"^Missing from k24 [^:]*: (\S+) .*", r"\1 is missing", first)
     for paragraph in paragraphs[1:]:
         if paragraph and paragraph[0].startswith("Perhaps you meant") and len(paragraph) > 1:
