@@ -1,0 +1,90 @@
+"""Fills the tables of docs/results.md that are made from a report, each between two comments that name it.
+
+    python docs/_tables.py           # rewrites docs/results.md, after `k24 report … --out docs/reports/NAME`
+
+A table between ``<!-- report NAME, DIGITS digits -->`` and ``<!-- end of report -->`` holds what docs/reports/NAME/report.json says:
+of one task each method's mean, its interval and each run, of several tasks each method's interquartile means.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+TABLE = re.compile(r"(<!-- report (\S+), (\d) digits -->\n)(.*?)(<!-- end of report -->)", re.DOTALL)
+
+
+def filled(page: str, reports: Path = DOCS / "reports") -> str:
+    """A page with its tables as the reports have them.
+
+    Args:
+        page: Markdown.
+        reports: Folder of all reports.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        tasks = json.loads((reports / found[2] / "report.json").read_text(encoding="utf-8"))["tasks"]
+        rows = _one(*tasks.values(), int(found[3])) if len(tasks) == 1 else _several(tasks, int(found[3]))
+        return found[1] + "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n" + found[5]
+
+    return TABLE.sub(fill, page)
+
+
+def _one(task: dict[str, Any], digits: int) -> list[list[str]]:
+    """Best mean first."""
+    head = ["method", "mean", "95% interval", "interquartile mean", "each seed", "multiply-adds", "deployed bytes"]
+    rows = []
+    for method, found in sorted(task["methods"].items(), key=lambda item: -item[1]["mean"]["value"]):
+        mean, iqm = found["mean"], found["iqm"]
+        rows.append(
+            [
+                _name(method),
+                number(mean["value"], digits),
+                _interval(mean, digits),
+                f"{number(iqm['value'], digits)} ({_interval(iqm, digits)})",
+                ", ".join(number(value, digits) for value in found["each"]),
+                *(f"{found[cost]:,}" for cost in ("macs_per_act", "bytes")),
+            ]
+        )
+    return [head, ["---"] * len(head), *rows]
+
+
+def _several(tasks: dict[str, Any], digits: int) -> list[list[str]]:
+    """Best mean over tasks first; costs are of the last task."""
+    short = [re.sub(r"^.*?,n_agents=(\d+)$", r"\1 agents", task) for task in tasks]
+    head = ["method", *short, f"multiply-adds, {short[-1]}", f"deployed bytes, {short[-1]}"]
+    of: dict[str, list[Any]] = {
+        method: [task["methods"][method] for task in tasks.values()] for method in list(tasks.values())[-1]["methods"]
+    }
+    rows = [
+        [
+            _name(method),
+            *(f"{number(each['iqm']['value'], digits)} ({_interval(each['iqm'], digits)})" for each in found),
+            *(f"{found[-1][cost]:,}" for cost in ("macs_per_act", "bytes")),
+        ]
+        for method, found in sorted(of.items(), key=lambda item: -sum(each["iqm"]["value"] for each in item[1]))
+    ]
+    return [head, ["---"] * len(head), *rows]
+
+
+def number(value: float, digits: int) -> str:
+    """With a minus sign that is as wide as a plus."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def _interval(found: dict[str, float], digits: int) -> str:
+    return f"{number(found['low'], digits)} to {number(found['high'], digits)}"
+
+
+def _name(method: str) -> str:
+    """The method, in bold where it is K-2:4 with its masks learned; a line may end before its options."""
+    shown = method.replace(",kaleidoscope.", ",<br>kaleidoscope.")
+    return f"**{shown}**" if method.partition(",")[0] == "k24" else shown
+
+
+if __name__ == "__main__":
+    results = DOCS / "results.md"
+    results.write_text(filled(results.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,87 @@
+"""Tables of results are those of the reports, and so are the means that the READMEs repeat."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_tables", DOCS / "_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def method(value: float, *each: float) -> dict:
+    found = {"value": value, "low": value - 1, "high": value + 2}
+    return {"mean": found, "iqm": found, "each": list(each), "macs_per_act": 1234, "bytes": 56789}
+
+
+def test_a_report_of_one_task(tables: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    tasks = {"vmas/navigation": {"methods": {"fups_id": method(-3.25, -3.0, -3.5), "k24,hidden=92": method(2.0, 1.0, 3.0)}}}
+    (tmp_path / "some/report.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
+    page = "Before.\n\n<!-- report some, 1 digits -->\nold\n<!-- end of report -->\n\nAfter.\n"
+    found = tables.filled(page, tmp_path)
+    assert found.splitlines() == [
+        "Before.",
+        "",
+        "<!-- report some, 1 digits -->",
+        "",
+        "| method | mean | 95% interval | interquartile mean | each seed | multiply-adds | deployed bytes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| **k24,hidden=92** | 2.0 | 1.0 to 4.0 | 2.0 (1.0 to 4.0) | 1.0, 3.0 | 1,234 | 56,789 |",
+        "| fups_id | −3.2 | −4.2 to −1.2 | −3.2 (−4.2 to −1.2) | −3.0, −3.5 | 1,234 | 56,789 |",
+        "",
+        "<!-- end of report -->",
+        "",
+        "After.",
+    ]
+    assert tables.filled(found, tmp_path) == found
+
+
+def test_a_report_of_several_tasks(tables: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    task = {"methods": {"k24_random": method(1.0, 1.0), "kaleidoscope,kaleidoscope.threshold_lr_scale=20": method(2.0, 2.0)}}
+    tasks = {"toy/specialisation,n_agents=2": task, "toy/specialisation,n_agents=16": task}
+    (tmp_path / "some/report.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
+    found = tables.filled("<!-- report some, 2 digits -->\n<!-- end of report -->", tmp_path)
+    assert found.splitlines()[2:6] == [
+        "| method | 2 agents | 16 agents | multiply-adds, 16 agents | deployed bytes, 16 agents |",
+        "| --- | --- | --- | --- | --- |",
+        "| kaleidoscope,<br>kaleidoscope.threshold_lr_scale=20 | 2.00 (1.00 to 4.00) | 2.00 (1.00 to 4.00) | 1,234 | 56,789 |",
+        "| k24_random | 1.00 (0.00 to 3.00) | 1.00 (0.00 to 3.00) | 1,234 | 56,789 |",
+    ]
+
+
+def test_results_have_what_the_reports_say(tables: ModuleType) -> None:
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    assert len(tables.TABLE.findall(page)) == 7
+    assert tables.filled(page) == page, "run python docs/_tables.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/results.md"])
+def test_means_with_intervals_are_those_of_some_report(tables: ModuleType, page: str) -> None:
+    """But for MATD3, whose runs are of several machines."""
+    known = []
+    for path in DOCS.glob("reports/*/report.json"):
+        for task in json.loads(path.read_text(encoding="utf-8"))["tasks"].values():
+            known += [(found["mean"]["value"], (found["mean"]["high"] - found["mean"]["low"]) / 2) for found in task["methods"].values()]
+    text = "\n".join(line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "MATD3" not in line)
+    said = re.findall(r"([−-]?\d+\.\d+) ± (\d+\.\d+)", text)
+    assert len(said) > 10
+    for mean, half in said:
+        digits = len(mean.partition(".")[2])
+        shown = [(tables.number(value, digits), tables.number(width, digits)) for value, width in known]
+        assert (mean.replace("-", "−"), half) in shown, f"{page}: no report has {mean} ± {half}"
