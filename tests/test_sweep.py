@@ -143,7 +143,7 @@ def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(t
         ("--tasks toy/matrix --seeds 0", "seeds (=0) must be at least 1"),
         ("--tasks toy/matrix --jobs 0", "jobs (=0) must be at least 1"),
         ("--tasks toy/matrix --retries -1", "retries (=-1) must be at least 0"),
-        ("--tasks toy/matrix --seeds two", "--seeds: no type matching {None}|INT could be instantiated from ['two']"),
+        ("--tasks toy/matrix --seeds two", "--seeds: wants a whole number such as 1000000 or None, got 'two'"),
         ("--tasks toy/matrix toy/matrx", "toy/matrx qmix-k24: unknown task 'toy/matrx': did you mean 'toy/matrix'?"),
         ("--tasks toy/matrix --sharing k24 k25", "toy/matrix qmix-k25: unknown sharing scheme 'k25': did you mean 'k24'?"),
         ("--tasks toy/matrix --algo qmix qmx", "toy/matrix qmx-k24: unknown algorithm 'qmx': did you mean 'qmix'?"),
