@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -14,13 +13,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_tables", DOCS / "_tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TABLES = runpy.run_path(str(DOCS / "_tables.py"))
+filled = TABLES["filled"]
 
 
 def method(value: float, *each: float) -> dict:
@@ -28,12 +22,12 @@ def method(value: float, *each: float) -> dict:
     return {"mean": found, "iqm": found, "each": list(each), "macs_per_act": 1234, "bytes": 56789}
 
 
-def test_a_report_of_one_task(tables: ModuleType, tmp_path: Path) -> None:
+def test_a_report_of_one_task(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     tasks = {"vmas/navigation": {"methods": {"fups_id": method(-3.25, -3.0, -3.5), "k24,hidden=92": method(2.0, 1.0, 3.0)}}}
     (tmp_path / "some/report.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
     page = "Before.\n\n<!-- report some, 1 digits -->\nold\n<!-- end of report -->\n\nAfter.\n"
-    found = tables.filled(page, tmp_path)
+    found = filled(page, tmp_path)
     assert found.splitlines() == [
         "Before.",
         "",
@@ -48,15 +42,15 @@ def test_a_report_of_one_task(tables: ModuleType, tmp_path: Path) -> None:
         "",
         "After.",
     ]
-    assert tables.filled(found, tmp_path) == found
+    assert filled(found, tmp_path) == found
 
 
-def test_a_report_of_several_tasks(tables: ModuleType, tmp_path: Path) -> None:
+def test_a_report_of_several_tasks(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     task = {"methods": {"k24_random": method(1.0, 1.0), "kaleidoscope,kaleidoscope.threshold_lr_scale=20": method(2.0, 2.0)}}
     tasks = {"toy/specialisation,n_agents=2": task, "toy/specialisation,n_agents=16": task}
     (tmp_path / "some/report.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
-    found = tables.filled("<!-- report some, 2 digits -->\n<!-- end of report -->", tmp_path)
+    found = filled("<!-- report some, 2 digits -->\n<!-- end of report -->", tmp_path)
     assert found.splitlines()[2:6] == [
         "| method | 2 agents | 16 agents | multiply-adds, 16 agents | deployed bytes, 16 agents |",
         "| --- | --- | --- | --- | --- |",
@@ -65,14 +59,14 @@ def test_a_report_of_several_tasks(tables: ModuleType, tmp_path: Path) -> None:
     ]
 
 
-def test_results_have_what_the_reports_say(tables: ModuleType) -> None:
+def test_results_have_what_the_reports_say() -> None:
     page = (DOCS / "results.md").read_text(encoding="utf-8")
-    assert len(tables.TABLE.findall(page)) == 8
-    assert tables.filled(page) == page, "run python docs/_tables.py"
+    assert len(TABLES["TABLE"].findall(page)) == 8
+    assert filled(page) == page, "run python docs/_tables.py"
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/results.md"])
-def test_means_with_intervals_are_those_of_some_report(tables: ModuleType, page: str) -> None:
+def test_means_with_intervals_are_those_of_some_report(page: str) -> None:
     """But for MATD3, whose runs are of several machines."""
     known = []
     for path in DOCS.glob("reports/*/report.json"):
@@ -83,5 +77,5 @@ def test_means_with_intervals_are_those_of_some_report(tables: ModuleType, page:
     assert len(said) > 10
     for mean, half in said:
         digits = len(mean.partition(".")[2])
-        shown = [(tables.number(value, digits), tables.number(width, digits)) for value, width in known]
+        shown = [(TABLES["number"](value, digits), TABLES["number"](width, digits)) for value, width in known]
         assert (mean.replace("-", "−"), half) in shown, f"{page}: no report has {mean} ± {half}"
