@@ -125,8 +125,8 @@ class TrainConfig:
     @property
     def sharing_config(self) -> SharingConfig:
         """Settings of all schemes, with what is left open filled in by what suits the learner."""
-        open_: dict[str, Any] = {name: value for name, value in _MASKS_FOR.get(self.algo, {}).items() if getattr(self.masks, name) is None}
-        return SharingConfig(dataclasses.replace(self.masks, **open_), self.kaleidoscope, self.snp, self.hypermarl, self.seps)
+        masks = self.masks.settled(_MASKS_FOR.get(self.algo))
+        return SharingConfig(masks, self.kaleidoscope, self.snp, self.hypermarl, self.seps)
 
     @property
     def critic_sharing(self) -> str:

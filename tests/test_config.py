@@ -93,13 +93,23 @@ def test_presets_of_mujoco_differ_by_what_kaleidoscope_adds():
     assert dataclasses.replace(kaleidoscope, **changed) == plain
 
 
-@pytest.mark.parametrize(("name", "suited"), [("alpha_lr_scale", 1.0), ("weight_lr_scale", 1.0), ("alpha_decay", 0.0), ("div_coef", 0.1)])
-def test_masks_learn_as_suits_the_learner(name, suited):
+@pytest.mark.parametrize(
+    ("name", "usual", "suited"),
+    [("alpha_lr_scale", 60.0, 1.0), ("weight_lr_scale", 2.0, 1.0), ("alpha_decay", 0.003, 0.0), ("div_coef", 0.0, 0.1)],
+)
+def test_masks_learn_as_suits_the_learner(name, usual, suited):
     def scale(algo, **masks):
         return getattr(TrainConfig(algo=algo, masks=K24Config(**masks)).sharing_config.masks, name)
 
-    assert {algo: scale(algo) for algo in LEARNERS} == dict.fromkeys(LEARNERS) | {"matd3": suited}
-    assert scale("matd3", **{name: 0.5}) == 0.5
+    assert {algo: scale(algo) for algo in LEARNERS} == dict.fromkeys(LEARNERS, usual) | {"matd3": suited}
+    assert scale("matd3", **{name: 0.5}) == scale("qmix", **{name: 0.5}) == 0.5
+
+
+def test_settled_masks_leave_open_only_what_depends_on_the_net():
+    settled = K24Config(anneal_end=0.7).settled()
+    assert settled.freeze_at == 0.7
+    assert [field.name for field in dataclasses.fields(settled) if getattr(settled, field.name) is None] == ["own_masks"]
+    assert settled.settled({"div_coef": 0.3}) == settled
 
 
 def test_the_help_of_a_name_lists_what_there_is():

@@ -10,9 +10,9 @@ so that a comparison tells the masks apart from the sparsity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ from k24.sparse.patterns import PatternSet
 from k24.sparse.scoring import inverse_cdf
 from k24.sparse.slots import SlotWeights
 
-# What holds where nothing is said: two factors on the learning rate, and a decay. docs/lab-notes.md has what others gave.
-ALPHA_LR_SCALE, WEIGHT_LR_SCALE, ALPHA_DECAY = 60.0, 2.0, 0.003
+# What holds where nothing is said. docs/lab-notes.md has what other values gave.
+_USUAL = {"alpha_lr_scale": 60.0, "weight_lr_scale": 2.0, "alpha_decay": 0.003, "div_coef": 0.0}
 Variant = Literal["learned", "random", "shared", "magnitude"]
 OwnMasks = Literal["all", "feedforward", "ends", "first"]
 # Roles of the layers that have one mask for all slots.
@@ -98,6 +98,15 @@ class K24Config(MaskConfig):
         """Share of training at which masks are fixed."""
         return self.anneal_end if self.freeze_at is None else self.freeze_at
 
+    def settled(self, suits: Mapping[str, float] | None = None) -> K24Config:
+        """These settings with what was left open filled in, but for ``own_masks``, which depends on the net.
+
+        Args:
+            suits: What suits a learner, by name; for the others what is usual.
+        """
+        found: dict[str, Any] = _USUAL | {"freeze_at": self.freeze_progress} | dict(suits or {})
+        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) is None})
+
 
 # Settings of how masks are chosen and learned, which fixed ones do without; what is left are those of the layers themselves.
 _LEARNED = frozenset(f.name for f in fields(K24Config)) - {"pattern", "own_masks", "mask_rnn", "init_gain", "weight_lr_scale"}
@@ -143,7 +152,7 @@ class K24(Sharing):
 
     def __init__(self, n_slots: int, config: K24Config | None = None, variant: Variant = "learned") -> None:
         super().__init__(n_slots)
-        self.config, self.variant = config or K24Config(), variant
+        self.config, self.variant = (config or K24Config()).settled(), variant
         if variant == "magnitude":
             # The score |W| · EMA(|x|) · g(alpha) with an EMA of one and alphas that are zero for good.
             self.config = replace(self.config, hetero_init_scale=0.0, ema_every=0)
@@ -212,12 +221,11 @@ class K24(Sharing):
                 layer.freeze()
             return Events(frozen=True, retired=self.retired())
         self._steps += 1
-        decay = ALPHA_DECAY if self.config.alpha_decay is None else self.config.alpha_decay
-        if decay:
+        if self.config.alpha_decay:
             # So that agents end as different as the task makes them: what noise has parted comes back together.
             for layer in self.masked:
                 if layer.n_slots > 1:
-                    draw_together(layer, decay)
+                    draw_together(layer, self.config.alpha_decay)
         every = self.config.reset_interval
         due = every and self._steps - self._last_reset >= every
         moved = self.config.adaptive_reset and policy_kl is not None and policy_kl > self.config.kl_threshold
@@ -252,9 +260,8 @@ class K24(Sharing):
         Adam moves a weight by about the learning rate, whatever the size of its gradient. Where a mask keeps N of M weights, or an expected
         mask is N/M on average, such steps move an output by N/M of what they would in a dense layer.
         """
-        c = self.config
-        weight = WEIGHT_LR_SCALE if c.weight_lr_scale is None else c.weight_lr_scale
-        alpha = ALPHA_LR_SCALE if c.alpha_lr_scale is None else c.alpha_lr_scale
+        weight, alpha = self.config.weight_lr_scale, self.config.alpha_lr_scale
+        assert weight is not None and alpha is not None  # settled
         return [(layer.weight, weight) for layer in self.masked] + [
             (layer.alpha, alpha) for layer in self.masked if layer.alpha.requires_grad
         ]

@@ -169,6 +169,7 @@ def plan(
         if item.startswith("-") and option not in ("preset", "config"):
             _require_free(option, "after --")
     found: dict[Path, Cell] = {}
+    settled: dict[Row, dict[str, TrainConfig]] = {}
     for row, method in itertools.product(rows, map(Method.read, methods)):
         arguments = _arguments(row, method, common)
         folder = out / row.task / f"{row.algo}-{method.name}"
@@ -179,6 +180,12 @@ def plan(
         for option, _ in method.options:
             if (reason := why_ignored(config, option)) is not None:
                 raise UsageError(f"{row.task} {folder.name}: {option} would change nothing: {reason}")
+        # Two names of one method would be compared as two. What is left open counts as what it stands for.
+        effective = dataclasses.replace(config, masks=config.sharing_config.masks)
+        for other, theirs in settled.setdefault(row, {}).items():
+            if theirs == effective and other != folder.name:
+                raise UsageError(f"{row.task} {folder.name} is {other} by another name, with the same settings: leave one of them out")
+        settled[row][folder.name] = effective
         for seed in range(row.seeds):
             mine = folder / f"seed{seed}"
             if mine in found:
