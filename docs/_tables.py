@@ -3,7 +3,8 @@
     python docs/_tables.py           # rewrites docs/results.md, after `k24 report … --out docs/reports/NAME`
 
 A table between ``<!-- report NAME, DIGITS digits -->`` and ``<!-- end of report -->`` holds what docs/reports/NAME/report.json says:
-of one task each method's mean, its interval and each run, of several tasks each method's interquartile means.
+of one task each method's mean, its interval and each run, of several tasks each method's interquartile means. The one between
+``<!-- summary -->`` and ``<!-- end of summary -->`` has a row for each of ``SUMMARY``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,21 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 TABLE = re.compile(r"(<!-- report (\S+), (\d) digits -->\n)(.*?)(<!-- end of report -->)", re.DOTALL)
+SUMMARISED = re.compile(r"(<!-- summary -->\n)(.*?)(<!-- end of summary -->)", re.DOTALL)
+# Name of a row, the report it comes from, how its task ends there, digits.
+SUMMARY = (
+    ("`toy/specialisation`, 4 agents, mean over training", "specialisation", "=4", 3),
+    ("8 agents", "specialisation", "=8", 3),
+    ("16 agents", "specialisation", "=16", 3),
+    ("`vmas/blind_spread`, 8 agents", "blind_spread", "", 1),
+    ("16 agents", "blind_spread_16", "", 1),
+    ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1),
+    ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1),
+    ("`vmas/navigation`", "navigation", "", 2),
+    ("`vmas/dispersion`", "dispersion", "", 2),
+    ("`mpe/simple_speaker_listener`, MATD3", "speaker_listener", "", 1),
+)
+COMPARED = ("k24", "k24,hidden=92", "fups_id", "kaleidoscope", "k24_random", "k24_random,hidden=92")
 
 
 def filled(page: str, reports: Path = DOCS / "reports") -> str:
@@ -25,12 +41,33 @@ def filled(page: str, reports: Path = DOCS / "reports") -> str:
         reports: Folder of all reports.
     """
 
-    def fill(found: re.Match[str]) -> str:
-        tasks = json.loads((reports / found[2] / "report.json").read_text(encoding="utf-8"))["tasks"]
-        rows = _one(*tasks.values(), int(found[3])) if len(tasks) == 1 else _several(tasks, int(found[3]))
-        return found[1] + "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n" + found[5]
+    def tasks(report: str) -> dict[str, Any]:
+        return json.loads((reports / report / "report.json").read_text(encoding="utf-8"))["tasks"]
 
-    return TABLE.sub(fill, page)
+    def table(found: re.Match[str]) -> str:
+        of = tasks(found[2])
+        rows = _one(*of.values(), int(found[3])) if len(of) == 1 else _several(of, int(found[3]))
+        return found[1] + _lines(rows) + found[5]
+
+    def summary(found: re.Match[str]) -> str:
+        head = ["task", *COMPARED]
+        rows = [
+            [name, *_means(next(task for key, task in tasks(report).items() if key.endswith(ending)), digits)]
+            for name, report, ending, digits in SUMMARY
+        ]
+        return found[1] + _lines([head, ["---"] * len(head), *rows]) + found[3]
+
+    return SUMMARISED.sub(summary, TABLE.sub(table, page))
+
+
+def _lines(rows: list[list[str]]) -> str:
+    return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n"
+
+
+def _means(task: dict[str, Any], digits: int) -> list[str]:
+    """Of each method its mean and half of the interval; a dash where it was not run."""
+    means = [task["methods"][method]["mean"] if method in task["methods"] else None for method in COMPARED]
+    return ["–" if m is None else f"{number(m['value'], digits)} ± {number((m['high'] - m['low']) / 2, digits)}" for m in means]
 
 
 def _one(task: dict[str, Any], digits: int) -> list[list[str]]:

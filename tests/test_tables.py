@@ -62,6 +62,7 @@ def test_a_report_of_several_tasks(tmp_path: Path) -> None:
 def test_results_have_what_the_reports_say() -> None:
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     assert len(TABLES["TABLE"].findall(page)) == 8
+    assert len(TABLES["SUMMARISED"].findall(page)) == 1
     assert filled(page) == page, "run python docs/_tables.py"
 
 
