@@ -67,7 +67,7 @@ def _lines(rows: list[list[str]]) -> str:
 def _means(task: dict[str, Any], digits: int) -> list[str]:
     """Of each method its mean and half of the interval; a dash where it was not run."""
     means = [task["methods"][method]["mean"] if method in task["methods"] else None for method in COMPARED]
-    return ["–" if m is None else f"{number(m['value'], digits)} ± {number((m['high'] - m['low']) / 2, digits)}" for m in means]
+    return ["–" if m is None else f"{number(m['value'], digits)}{_half(m, digits)}" for m in means]
 
 
 def _one(task: dict[str, Any], digits: int) -> list[list[str]]:
@@ -83,7 +83,7 @@ def _one(task: dict[str, Any], digits: int) -> list[list[str]]:
                 _interval(mean, digits),
                 f"{number(iqm['value'], digits)} ({_interval(iqm, digits)})",
                 ", ".join(number(value, digits) for value in found["each"]),
-                *(f"{found[cost]:,}" for cost in ("macs_per_act", "bytes")),
+                *_costs(found),
             ]
         )
     return [head, ["---"] * len(head), *rows]
@@ -100,20 +100,30 @@ def _several(tasks: dict[str, Any], digits: int) -> list[list[str]]:
         [
             _name(method),
             *(f"{number(each['iqm']['value'], digits)} ({_interval(each['iqm'], digits)})" for each in found),
-            *(f"{found[-1][cost]:,}" for cost in ("macs_per_act", "bytes")),
+            *_costs(found[-1]),
         ]
         for method, found in sorted(of.items(), key=lambda item: -sum(each["iqm"]["value"] for each in item[1]))
     ]
     return [head, ["---"] * len(head), *rows]
 
 
+def _costs(found: dict[str, Any]) -> list[str]:
+    """Dashes where the report could not find them out."""
+    return [f"{found[cost]:,}" if cost in found else "–" for cost in ("macs_per_act", "bytes")]
+
+
 def number(value: float, digits: int) -> str:
-    """With a minus sign that is as wide as a plus."""
-    return f"{value:.{digits}f}".replace("-", "−")
+    """With a minus sign that is as wide as a plus, and none before a zero."""
+    return f"{value:z.{digits}f}".replace("-", "−")
 
 
-def _interval(found: dict[str, float], digits: int) -> str:
-    return f"{number(found['low'], digits)} to {number(found['high'], digits)}"
+def _interval(found: dict[str, Any], digits: int) -> str:
+    """A dash for a single seed, which has none."""
+    return "–" if found["low"] is None else f"{number(found['low'], digits)} to {number(found['high'], digits)}"
+
+
+def _half(found: dict[str, Any], digits: int) -> str:
+    return "" if found["low"] is None else f" ± {number((found['high'] - found['low']) / 2, digits)}"
 
 
 def _name(method: str) -> str:

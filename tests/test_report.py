@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -169,7 +171,10 @@ def test_names_that_are_true(tmp_path: Path) -> None:
     write_run(tmp_path, "qmix-k24,div_coef=1e-4,mask_rnn=false,gate=sigmoid", 0, 1.0, masks=masks)
     kaleidoscope = dataclasses.replace(BASE.kaleidoscope, threshold_lr_scale=20.0)
     write_run(tmp_path, "qmix-kaleidoscope,kaleidoscope.threshold_lr_scale=20", 0, 1.0, kaleidoscope=kaleidoscope)
-    assert len(read_runs([tmp_path])[0]) == 2
+    # Texts that are something else to YAML.
+    masks = dataclasses.replace(BASE.masks, pattern="1:4", div_coef=None)
+    write_run(tmp_path, "qmix-k24,pattern=1:4,agent_id=yes,div_coef=None", 0, 1.0, masks=masks, agent_id="yes")
+    assert len(read_runs([tmp_path])[0]) == 3
 
 
 def test_links_are_followed_once_and_the_order_of_arguments_does_not_matter(four: Path) -> None:
@@ -180,6 +185,29 @@ def test_links_are_followed_once_and_the_order_of_arguments_does_not_matter(four
     (elsewhere / "back").symlink_to(four, target_is_directory=True)
     runs, _ = read_runs([four])
     assert len(runs) == 6 and {run.task for run in runs} == {"toy/memory", "toy/specialisation,max_steps=1,n_agents=4"}
+    grid = make_grid([run for run in runs if run.task != "toy/memory"])
+    assert grid.methods == ["k24", "nops"]
+
+
+@pytest.mark.parametrize("inside", ["toy/memory", "toy/memory/qmix-k24", "toy/memory/qmix-k24/seed0"])
+def test_a_report_may_be_asked_for_from_within(four: Path, monkeypatch, inside: str) -> None:
+    monkeypatch.chdir(four / inside)
+    runs, _ = read_runs([Path(".")])
+    assert len(runs) == {"toy/memory": 4, "toy/memory/qmix-k24": 2}.get(inside, 1) and runs[-1].method == "qmix-k24"
+
+
+def test_a_folder_that_cannot_be_read_is_named(four: Path, monkeypatch) -> None:
+    """By a scandir that is refused: whoever runs the tests may be allowed to read everything."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "qmix-k24":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=r"cannot read .*qmix-k24 \(Permission denied\): make it readable, or give the folders beside it"):
+        read_runs([four])
 
 
 def test_runs_of_one_method_have_the_same_masks(four: Path) -> None:
@@ -208,6 +236,8 @@ def test_a_log_that_a_kill_cut_short_is_read(four: Path) -> None:
         ("eval.json", '{"return_mean": NaN, "episodes": 3}', "eval.json is damaged (return_mean=nan, expected a number)"),
         ("eval.json", '{"return_mean": true, "episodes": 3}', "eval.json is damaged (return_mean=True, expected a number)"),
         ("eval.json", '{"return_mean": 1.0}', "eval.json is damaged (episodes=None, expected a number)"),
+        ("eval.json", '{"return_mean": 1' + "0" * 400 + ', "episodes": 3}', "eval.json is damaged (return_mean=1000"),
+        ("eval.json", "[" * 100_000, "eval.json is damaged (RecursionError)"),
         ("eval.json", '{"return_mean": 1.0, "episodes": 3, "win_rate": null}', "eval.json is damaged (win_rate=None, expected a number)"),
         ("eval.json", "[]", "eval.json is damaged"),
         ("config.yaml", "flavour: sour", "unknown setting 'flavour': did you mean 'learner'?; if another version of k24 wrote it, leave"),
@@ -322,6 +352,18 @@ def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> No
     log.write_text(log.read_text() + '{"steps": 240, "return_eval": NaN}\n{"steps": 320, "return_eval": 1.0}\n')
     with pytest.raises(UsageError, match="seed0 has evaluations in its log that are no numbers: compare final scores, or run it again"):
         values_of(make_grid(*read_runs([four])), "return", "training")
+
+
+def test_areas_are_compared_over_equal_steps_alone(four: Path) -> None:
+    """The same straight line, evaluated once more or from later on, has another area below its evaluations."""
+    log = four / "toy/memory/qmix-k24/seed1/metrics.jsonl"
+    log.write_text("".join(json.dumps({"steps": step, "return_eval": 4.0 * step / 320}) + "\n" for step in (80, 160, 320)))
+    grid = make_grid(*read_runs([four]))
+    assert values_of(grid, "return", "final")["k24", "toy/memory"].tolist() == [3.0, 4.0]
+    with pytest.raises(
+        UsageError, match=r"seed1 was evaluated 3 times from step 80 on, .*seed0 2 from 160 on, at other steps: compare fin"
+    ):
+        values_of(grid, "return", "training")
 
 
 def test_where_nobody_beats_random_play_nobody_gets_a_one(four: Path) -> None:

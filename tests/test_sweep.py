@@ -27,6 +27,7 @@ from test_train import assert_same_run
 from k24.cli import main
 from k24.commands.sweep import _show, _table
 from k24.commands.train import read_request
+from k24.config import TrainConfig, save_config
 from k24.errors import UsageError
 from k24.suites import SUITES
 from k24.sweep import Cell, Method, Row, Status, plan
@@ -65,6 +66,16 @@ def planned(out: Path, *methods: str, rows: list[Row] | None = None, common: lis
 def test_notation_of_a_method(text, name, arguments):
     method = Method.read(text)
     assert (method.name, method.arguments) == (name, arguments)
+
+
+def test_arguments_of_a_task_do_not_hide_in_a_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    save_config(TrainConfig(task="toy/specialisation", env_args=("n_agents=8",)), file)
+    common = ["--config", str(file)]
+    with pytest.raises(UsageError, match=r"the file of --config has arguments of a task, n_agents=8: write them in --tasks, TASK,name=val"):
+        planned(tmp_path, "k24", rows=[Row("toy/specialisation", "qmix", 1)], common=common)
+    (cell,) = planned(tmp_path, "k24", rows=[Row("toy/specialisation,n_agents=8", "qmix", 1)], common=common)
+    assert cell.config.env_args == ("n_agents=8",)
 
 
 def test_a_grid_is_written_down_run_by_run(tmp_path):
@@ -157,6 +168,21 @@ def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(t
         ("--tasks toy/matrix --sharing k24:hidden=", "method 'k24:hidden=': 'hidden=' is not of the form option=value"),
         ("--tasks toy/matrix --sharing k24:lr=1,lr=2", "method 'k24:lr=1,lr=2' gives lr twice: leave one of them out"),
         ("--tasks toy/matrix --sharing k24:seed=3", "method 'k24:seed=3': seed is set by the sweep: use --seeds"),
+        (
+            "--tasks toy/matrix --sharing k24:no_double_q=true",
+            "method 'k24:no_double_q=true': write double_q=false, so that the option has",
+        ),
+        (
+            "--tasks toy/matrix --sharing k24 k24:workers=2",
+            "method 'k24:workers=2': workers changes nothing that is learned: give it after",
+        ),
+        ("--tasks toy/matrix --sharing k24:log-every=9", "method 'k24:log-every=9': log_every changes nothing that is learned: give it"),
+        ("--tasks toy/x,b=1,a=2 toy/x,a=2,b=1", "toy/x,a=2,b=1 is asked for twice, with its arguments in another order: leave one of them"),
+        (
+            "--suite hetero -- --preset epymarl",
+            "--preset and --suite exclude each other: suite hetero has settings of its own for each of its",
+        ),
+        ("--suite hetero -- --config=a.yaml", "--config and --suite exclude each other"),
         ("--tasks toy/matrix --sharing k24:slots=a/b", "method 'k24:slots=a/b': a value with a / can be no part of a folder's name"),
         ("--tasks toy/matrix --sharing k24:preset=smacv2", "method 'k24:preset=smacv2': preset is set by the sweep: use --preset after --"),
         ("--tasks toy/matrix --sharing k24:env_args=n=1", "method 'k24:env_args=n=1': arguments of the task belong to the task"),
@@ -348,6 +374,13 @@ def test_a_meter_reads_what_a_run_has_logged(tmp_path):
     assert meter.read() == {"steps": 50, "return": 3.0}
     write('{"steps": 90, "return_eval": 4.0}\n', 24)
     assert meter.read() == {"steps": 90, "rate": 10.0, "return": 4.0}
+    # Resumed hours later from its last line: the pause does not count.
+    meter = Meter(log)
+    assert meter.read() == {"steps": 90, "return": 4.0}
+    write('{"steps": 90, "return_eval": 4.0}\n', 36_024)
+    assert meter.read() == {"steps": 90, "return": 4.0}
+    write('{"steps": 190, "return_train": 1.0}\n', 36_026)
+    assert meter.read() == {"steps": 190, "rate": 50.0}
 
 
 @pytest.mark.parametrize(("status", "expected"), [(130, "stopped"), (0, "finished"), (1, "failed")])

@@ -59,6 +59,15 @@ def test_a_report_of_several_tasks(tmp_path: Path) -> None:
     ]
 
 
+def test_what_a_report_does_not_know_is_a_dash(tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    alone = {"value": -0.01, "low": None, "high": None}
+    tasks = {"toy/matrix": {"methods": {"fups": {"mean": alone, "iqm": alone, "each": [-0.01]}}}}
+    (tmp_path / "some/report.json").write_text(json.dumps({"tasks": tasks}), encoding="utf-8")
+    found = filled("<!-- report some, 1 digits -->\n<!-- end of report -->", tmp_path)
+    assert found.splitlines()[4] == "| fups | 0.0 | – | 0.0 (–) | 0.0 | – | – |"
+
+
 def test_results_have_what_the_reports_say() -> None:
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     assert len(TABLES["TABLE"].findall(page)) == 8

@@ -123,6 +123,9 @@ def _rows(options: SweepOptions, common: Sequence[str]) -> list[Row]:
         raise unknown_name("suite", options.suite, SUITES)
     if options.algo:
         raise UsageError(f"--algo and --suite exclude each other: suite {options.suite} says by which learner each of its tasks is learned")
+    for flag in ("--preset", "--config"):
+        if peek(common, flag) is not None:
+            raise UsageError(f"{flag} and --suite exclude each other: suite {options.suite} has settings of its own for each of its tasks")
     suite = SUITES[options.suite].tasks
     for task in options.tasks:
         if not any(task in _names(row.task) for row in suite):

@@ -18,6 +18,7 @@ from k24.report.latency import latencies
 from k24.report.runs import Grid, make_grid, read_runs
 from k24.report.statistics import REPS
 from k24.report.summary import BOUNDS, METRICS, SCORES, marl_eval, normalised, plain, summarise, values_of
+from k24.strict import is_number
 
 # Episodes of random play.
 EPISODES = 256
@@ -116,7 +117,9 @@ def _random_play(grid: Grid, out: Path, wanted: bool, metric: str) -> dict[str, 
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
             known = {str(task): {str(k): float(v) for k, v in found.items()} for task, found in known.items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            if not all(is_number(value) for found in known.values() for value in found.values()):
+                raise ValueError("not a finite number")
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise UsageError(f"{path} is damaged: delete it, and add --random to play again") from error
     for task in grid.tasks:
         if not wanted or task in known:

@@ -19,8 +19,8 @@ COLOURS = (
     *("#999999", "#8C564B", "#17BECF", "#BCBD22", "#7F3C8D"),
 )
 LABELS = {"return": "return (sum over agents and steps)", "win_rate": "share of episodes won"}
-# One for each turn of the colours.
-STYLES = ("-", "--", ":", "-.")
+# One of each for each turn of the colours.
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 SCORED = {"final": "", "training": ", mean over training"}
 
 # What is paid for a return: key of a method's numbers, label of the axis, name.
@@ -50,6 +50,7 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
     order = sorted(grid.methods, key=lambda m: (m != summary["reference"], m))
     colour = {method: COLOURS[k % len(COLOURS)] for k, method in enumerate(order)}
     style = {method: STYLES[k // len(COLOURS) % len(STYLES)] for k, method in enumerate(order)}
+    marker = {method: MARKERS[k // len(COLOURS) % len(MARKERS)] for k, method in enumerate(order)}
     files: dict[str, str] = {}
 
     def save(figure: Any, title: str, name: str) -> None:
@@ -111,7 +112,14 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
             for place, (method, (cost, value)) in enumerate(points.items()):
                 mean = methods[method]["mean"]
                 error = None if mean.low is None else [[max(value - mean.low, 0)], [max(mean.high - value, 0)]]
-                axis.errorbar(cost, value, error, fmt="o", color=colour[method], capsize=3, label=method, zorder=3 - place / len(points))
+                shown: dict[str, Any] = {
+                    "fmt": marker[method],
+                    "color": colour[method],
+                    "capsize": 3,
+                    "label": method,
+                    "zorder": 3 - place / len(points),
+                }
+                axis.errorbar(cost, value, error, **shown)
             axis.set(xlabel=label.format(envs=summary["latency_envs"]), ylabel=LABELS[summary["metric"]] + SCORED[summary["score"]])
             axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds; grey: nothing is both cheaper and better", fontsize=10)
             axis.ticklabel_format(axis="x", style="plain")

@@ -92,10 +92,10 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
         if not (folder / "eval.json").exists():
             unfinished.append(folder)
             continue
-        method = folder.parent.name
+        method = Path(os.path.abspath(folder)).parent.name
         if not method.startswith(f"{config.algo}-"):
             raise UsageError(f"{folder} is a run of {config.algo}, and its folder is not called {config.algo}-<method>/seed<k>: rename it")
-        _require_true_name(folder, config)
+        _require_true_name(folder, method, config)
         task = ",".join([config.task, *sorted(config.env_args)])
         found.append(RunRecord(folder, task, method, config, _read_evaluation(folder), _read_log(folder)))
     if not found:
@@ -106,9 +106,13 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[RunRecord], list[Path]]:
 def _run_folders(roots: Sequence[Path]) -> list[Path]:
     """Folders with a configuration, links followed; a folder that is reached by several ways counts once."""
     found: dict[Path, Path] = {}
+
+    def unreadable(error: OSError) -> None:
+        raise UsageError(f"cannot read {error.filename} ({error.strerror}): make it readable, or give the folders beside it")
+
     for root in roots:
         seen = set()
-        for place, below, files in os.walk(root, followlinks=True):
+        for place, below, files in os.walk(root, onerror=unreadable, followlinks=True):
             real = Path(place).resolve()
             if real in seen:
                 below.clear()  # a link to a folder above it
@@ -118,9 +122,9 @@ def _run_folders(roots: Sequence[Path]) -> list[Path]:
     return sorted(found.values())
 
 
-def _require_true_name(folder: Path, config: TrainConfig) -> None:
+def _require_true_name(folder: Path, method: str, config: TrainConfig) -> None:
     """Refuses a run whose folder says something else than its configuration: tables would call it by a wrong name."""
-    scheme, *options = folder.parent.name.removeprefix(f"{config.algo}-").split(",")
+    scheme, *options = method.removeprefix(f"{config.algo}-").split(",")
     if scheme != config.sharing:
         raise UsageError(f"{folder} is a run of scheme {config.sharing}, and its folder says {scheme}: rename it")
     settings = _settings(config)
@@ -132,7 +136,8 @@ def _require_true_name(folder: Path, config: TrainConfig) -> None:
             value = float(value) if name and type(settings[name]) is float else value  # 1e-4 is text to YAML
         except (yaml.YAMLError, ValueError, TypeError):
             value = text
-        if name is not None and settings[name] != value:
+        # As text too: to YAML 2:4 is a number to the base of 60, yes a truth value, and None a word.
+        if name is not None and settings[name] != value and str(settings[name]) != text:
             raise UsageError(f"{folder} has {name}={settings[name]}, and its folder says {option}={text}: rename it")
 
 
@@ -142,7 +147,7 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         wrong = [name for name in ("return_mean", "win_rate", "episodes") if name in found and not is_number(found[name])]
         wrong += [name for name in ("return_mean", "episodes") if name not in found]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and resume the run") from error
     if wrong:
         said = f"{wrong[0]}={found.get(wrong[0])}, expected a number"
@@ -243,9 +248,9 @@ def _require_equal(run: RunRecord, other: RunRecord, free: Sequence[str], named:
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
-    """All settings, parts of parts by dotted names."""
+    """All settings, parts of parts by dotted names; arguments of the task in alphabetical order, since none means anything by its place."""
     flat: dict[str, Any] = {}
-    for name, value in to_dict(config).items():
+    for name, value in to_dict(replace(config, env_args=tuple(sorted(config.env_args)))).items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
 

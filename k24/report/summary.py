@@ -36,11 +36,14 @@ def values_of(grid: Grid, metric: str, score: str) -> Values:
     Raises:
         UsageError: A run has no such evaluation.
     """
+    first: dict[tuple[str, str], RunRecord] = {}
     for run in (run for runs in grid.runs.values() for run in runs):
         if METRICS[metric] not in run.evaluation:
             raise UsageError(f"{run.folder} has no {metric}: its task knows no victory, compare returns")
         if score == "training":
             _require_whole(run, f"{metric}_eval")
+            # Learners count steps in portions of their own, so that only those of one learner are evaluated at the same steps.
+            _require_same_steps(run, first.setdefault((run.task, run.config.algo), run), f"{metric}_eval")
 
     def one(run: RunRecord) -> float:
         if score == "final":
@@ -60,6 +63,14 @@ def _require_whole(run: RunRecord, name: str) -> None:
         raise UsageError(f"{run.folder} has evaluations in its log that are no numbers: {remedy}")
     if curve[-1][0] < run.config.steps:
         raise UsageError(f"{run.folder} trained for {run.config.steps:,} steps, and its log ends at {curve[-1][0]:,}: {remedy}")
+
+
+def _require_same_steps(run: RunRecord, other: RunRecord, name: str) -> None:
+    """Refuses two curves that were evaluated at other steps: an area is another one then, whatever was learned."""
+    mine, theirs = ([step for step, _ in each.curve(name)] for each in (run, other))
+    if mine != theirs:
+        said = f"{run.folder} was evaluated {len(mine)} times from step {mine[0]:,} on, {other.folder} {len(theirs)} from {theirs[0]:,} on"
+        raise UsageError(f"{said}, at other steps: compare final scores, or train with equal --eval-every and --log-every")
 
 
 def ranges(grid: Grid, values: Values, random: dict[str, float], bounds: Bounds = None) -> dict[str, tuple[float, float]]:

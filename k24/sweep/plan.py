@@ -26,7 +26,7 @@ from k24.envs import EnvSpec
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner, pinned, resolve_device
 from k24.strict import is_number
-from k24.train import prepare_folder
+from k24.train import MAY_DIFFER, prepare_folder
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -76,6 +76,10 @@ class Method:
                 raise UsageError(f"method {text!r}: {item!r} is not of the form option=value: {example}")
             if option in options:
                 raise UsageError(f"method {text!r} gives {option} twice: leave one of them out")
+            if option.startswith("no_"):
+                raise UsageError(f"method {text!r}: write {option.removeprefix('no_')}=false, so that the option has one name")
+            if option in (*MAY_DIFFER, "log_every"):
+                raise UsageError(f"method {text!r}: {option} changes nothing that is learned: give it after --, for every run")
             if option == "env_args":
                 raise UsageError(f"method {text!r}: arguments of the task belong to the task: write TASK,name=value in --tasks")
             _require_free(option, f"method {text!r}")
@@ -168,6 +172,11 @@ def plan(
         option = item.partition("=")[0].lstrip("-").replace("-", "_")
         if item.startswith("-") and option not in ("preset", "config"):
             _require_free(option, "after --")
+    spelt: dict[tuple[str, ...], str] = {}
+    for task in (row.task for row in rows):
+        first, *env_args = task.split(",")
+        if spelt.setdefault((first, *sorted(env_args)), task) != task:
+            raise UsageError(f"{task} is asked for twice, with its arguments in another order: leave one of them out")
     found: dict[Path, Cell] = {}
     settled: dict[Row, dict[str, TrainConfig]] = {}
     for row, method in itertools.product(rows, map(Method.read, methods)):
@@ -177,6 +186,7 @@ def plan(
             config = read(arguments)
         except UsageError as error:
             raise UsageError(f"{row.task} {folder.name}: {error}") from error
+        _require_named_arguments(row, arguments, config)
         for option, _ in method.options:
             if (reason := why_ignored(config, option)) is not None:
                 raise UsageError(f"{row.task} {folder.name}: {option} would change nothing: {reason}")
@@ -267,6 +277,15 @@ def _without_env_args(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         elif not item.startswith("--"):
             found.append(item)
     return kept, found
+
+
+def _require_named_arguments(row: Row, arguments: Sequence[str], config: TrainConfig) -> None:
+    """Refuses arguments of the task that come from a file: the folder would not tell, and those of other tasks would replace them."""
+    hidden = sorted(set(config.env_args) - set(_without_env_args(arguments)[1]))
+    if hidden:
+        raise UsageError(
+            f"{row.task}: the file of --config has arguments of a task, {', '.join(hidden)}: write them in --tasks, TASK,name=value"
+        )
 
 
 def _state(config: TrainConfig, folder: Path) -> State:

@@ -139,7 +139,7 @@ def _carry_out(
             if state == "finished" and not status.read_evaluation():
                 state, reason = (
                     "failed",
-                    f"it ended well, but there is no {cell.folder / 'eval.json'}: is --out a folder that all machines see?",
+                    f"it ended well, but there is no {status.cell.folder / 'eval.json'}: is --out a folder that all machines see?",
                 )
             if state == "failed":
                 status.failures.append(reason)

@@ -165,8 +165,8 @@ class Meter:
         if not rows:
             return self._news
         now, steps = found.st_mtime, rows[0]["steps"]
-        if self._first is None or steps < self._first[1]:
-            self._first = now, steps  # a run that is resumed first goes back to its checkpoint
+        if self._first is None or steps <= self._first[1]:
+            self._first = now, steps  # a run that is resumed first goes back to its checkpoint, or stands at it
         self._news = {"steps": steps}
         if now > self._first[0]:
             self._news["rate"] = (steps - self._first[1]) / (now - self._first[0])
