@@ -2,7 +2,7 @@
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, and only then named in ``index.json``
 together with its SHA-256, by the same three steps. Whoever reads the index therefore finds whole files. The last two
-are kept; reading uses torch's ``weights_only`` mode, which runs no code.
+are kept, of a finished run the last; reading uses torch's ``weights_only`` mode, which runs no code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from k24.errors import CheckpointError
+from k24.errors import LAST_GOOD, CheckpointError, RunError
 from k24.files import atomic_file, write_atomically
 
 FORMAT = 5
@@ -29,36 +29,57 @@ class _Hashed:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
+        self.failed: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failed = error  # torch raises one of its own for it, which does not say why
+            raise
 
     def flush(self) -> None:
         self._file.flush()
 
 
-def save_checkpoint(folder: Path, steps: int, state: dict[str, Any]) -> Path:
-    """Writes a checkpoint and forgets all but the last two.
+def save_checkpoint(folder: Path, steps: int, state: dict[str, Any], keep: int = KEEP) -> Path:
+    """Writes a checkpoint and forgets all but the last few.
 
     Args:
         folder: ``checkpoints/`` of a run; made if missing.
         steps: Environment steps done, part of the file's name.
         state: Tensors, numbers, strings, and containers of them.
+        keep: How many stay, this one among them.
+
+    Raises:
+        RunError: It cannot be written; those before are as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{steps:012d}.pt"
-    with atomic_file(path) as file:
-        written = _Hashed(file)
-        torch.save({"format": FORMAT, "steps": steps, "state": state}, written)  # type: ignore[arg-type]
+    path, written = folder / f"step_{steps:012d}.pt", None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            written = _Hashed(file)
+            torch.save({"format": FORMAT, "steps": steps, "state": state}, written)  # type: ignore[arg-type]
+        _name_in_index(folder, path, steps, written.digest.hexdigest(), keep)
+    except (OSError, RuntimeError) as error:
+        failed = error if isinstance(error, OSError) else written.failed if written else None
+        if failed is None:
+            raise
+        said = f"cannot write checkpoint {path} ({failed.strerror or failed}): make room or mend the disk, then --resume goes on"
+        raise RunError(f"{said}; {LAST_GOOD}") from error
+    return path
+
+
+def _name_in_index(folder: Path, path: Path, steps: int, digest: str, keep: int) -> None:
+    """Names a whole file in the index, and removes the files that are no longer named."""
     entries = [e for e in _read_index(folder) if e["file"] != path.name and (folder / e["file"]).is_file()]
-    entries.append({"file": path.name, "steps": steps, "sha256": written.digest.hexdigest()})
-    write_atomically(folder / "index.json", json.dumps(entries[-KEEP:], indent=1).encode())
-    kept = {e["file"] for e in entries[-KEEP:]}
+    entries.append({"file": path.name, "steps": steps, "sha256": digest})
+    write_atomically(folder / "index.json", json.dumps(entries[-keep:], indent=1).encode())
+    kept = {e["file"] for e in entries[-keep:]}
     for old in folder.glob("step_*.pt*"):
         if old.name not in kept:
             old.unlink(missing_ok=True)
-    return path
 
 
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu", mapped: bool = False) -> tuple[int, dict[str, Any]] | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k24.allocator import keep_freed_memory, told_when_memory_is_short
-from k24.checkpoint import load_checkpoint, save_checkpoint
+from k24.checkpoint import KEEP, load_checkpoint, save_checkpoint
 from k24.config import TrainConfig, first_difference, load_config, save_config
 from k24.envs import TeamEnv
 from k24.errors import UsageError
@@ -230,11 +230,12 @@ def _rounds(
     log = MetricLog(folder, steps)
 
     def save() -> None:
+        final = steps >= config.steps
         save_checkpoint(
             folder / "checkpoints",
             steps,
             {
-                "learner": learner.state_dict(),
+                "learner": learner.final_state_dict() if final else learner.state_dict(),
                 "task": config.task,
                 "spec": asdict(env.spec),
                 "n_slots": learner.rule.n_slots,
@@ -245,6 +246,7 @@ def _rounds(
                 "next_checkpoint": next_checkpoint,
                 "metrics": metrics,
             },
+            keep=1 if final else KEEP,
         )
 
     def speed() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import torch
 
 from k24 import checkpoint, files
 from k24.checkpoint import load_checkpoint, save_checkpoint
-from k24.errors import CheckpointError
+from k24.errors import CheckpointError, RunError
 from k24.files import write_atomically
 
 
@@ -121,8 +122,8 @@ def test_a_crash_at_any_moment_leaves_the_one_before(two, monkeypatch, call, at)
     try:
         save_checkpoint(two, 30, _state(30))
         crashed = False
-    except OSError as error:
-        assert error.strerror == "No space left on device"
+    except RunError as error:
+        assert "step_000000000030.pt (No space left on device): make room or mend the disk, then --resume goes on" in str(error)
     monkeypatch.undo()
     assert crashed == (at < {"replace": 2, "fsync": 4, "open": 2}[call])
     # Once the index is renamed the new one counts, even though the folder was not flushed any more.
@@ -130,6 +131,27 @@ def test_a_crash_at_any_moment_leaves_the_one_before(two, monkeypatch, call, at)
     save_checkpoint(two, 40, _state(40))
     assert _value(two) == 40
     assert not list(two.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(two, monkeypatch):
+    """Torch then raises an error of its own, which does not say why."""
+
+    @contextlib.contextmanager
+    def full(path):
+        with open("/dev/full", "wb", buffering=0) as file:
+            yield file
+
+    monkeypatch.setattr(checkpoint, "atomic_file", full)
+    with pytest.raises(RunError, match=r"cannot write checkpoint .*30\.pt \(No space left on device\): make room or mend the disk"):
+        save_checkpoint(two, 30, {"weight": torch.zeros(50_000)})
+    monkeypatch.undo()
+    assert _value(two) == 20
+
+
+def test_as_many_are_kept_as_asked_for(two):
+    save_checkpoint(two, 30, _state(30), keep=1)
+    assert _names(two) == ["index.json", "step_000000000030.pt"] and _value(two) == 30
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

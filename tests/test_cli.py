@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import BASE, Broken, assert_same_run
+from test_train import BASE, Broken, assert_same_run, stop_after
 
 from k24 import checkpoint, cli
 from k24 import train as train_module
@@ -428,9 +428,17 @@ def test_out_that_cannot_be_written(capfd, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A short run with two checkpoints; not to be changed."""
+    """A short run; not to be changed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(BASE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """The same, stopped before its end, with two checkpoints; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    train(BASE, folder, should_stop=stop_after(14))
     return folder
 
 
@@ -639,8 +647,8 @@ def _config(old: str, new: str) -> Callable[[Path], None]:
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (_cut, "is damaged or cut short ("),
-    "flipped": (_flip, "bytes, its checksum differs): delete it to go on from step_000000000288.pt"),
-    "code": (_pickle, "holds more than tensors and plain values (none of it was run): delete it to go on from step_000000000288.pt"),
+    "flipped": (_flip, "bytes, its checksum differs): there is no earlier one: start over with another --out"),
+    "code": (_pickle, "holds more than tensors and plain values (none of it was run): there is no earlier one: start over"),
     "format": (_format, f"has format 99, this k24 reads format {checkpoint.FORMAT}: use the k24 version that wrote it, or start over"),
     "empty": (_empty_state, "does not fit its config.yaml (KeyError: "),
     "index": (_index, "checkpoints/index.json is damaged: restore it, or start over with another --out"),
@@ -671,10 +679,11 @@ def test_a_damaged_run_is_one_line_and_left_as_it_is(capfd, finished, tmp_path, 
     assert not (folder / "executed").exists()
 
 
-def test_the_remedy_for_a_damaged_checkpoint_works(finished, tmp_path, capsys):
+def test_the_remedy_for_a_damaged_checkpoint_works(capfd, finished, stopped, tmp_path, capsys):
     folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    shutil.copytree(stopped, folder)
     _cut(folder)
+    assert "delete it to go on from step_000000000192.pt" in refused(capfd, "train", "--resume", "--out", str(folder))
     _newest(folder).unlink()
     assert main(["train", "--resume", "--out", str(folder)]) == 0
     assert_same_run(finished, folder)

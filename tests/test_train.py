@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,6 @@ def test_a_run_folder_holds_all_that_was_promised(tmp_path):
     assert len(list(result.folder.glob("events.out.tfevents.*"))) == 1
     assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == [
         "index.json",
-        "step_000000000288.pt",
         "step_000000000320.pt",
     ]
     rows = lines(result.folder)
@@ -261,6 +261,27 @@ def test_an_interrupted_run_of_a_simulator_ends_as_an_uninterrupted_one(tmp_path
         train(config, tmp_path / "parts", resume=True, should_stop=stop_after(rounds))
     assert train(config, tmp_path / "parts", resume=True).finished
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["expected", "matd3"])
+def test_an_unfinished_run_keeps_its_replay_bit_for_bit_and_a_finished_one_none(tmp_path, name):
+    config = change(**RUNS[name])
+    train(config, tmp_path / "at once", should_stop=stop_after(9))
+    for rounds in (4, 5):
+        train(config, tmp_path / "parts", resume=True, should_stop=stop_after(rounds))
+    found = [load_checkpoint(tmp_path / folder / "checkpoints") for folder in ("at once", "parts")]
+    states = [dict(leaves(state["learner"]["replay"])) for _, state in found]
+    assert found[0][0] == found[1][0] < config.steps and states[0] == states[1] and len(states[0]) > 5
+    train(config, tmp_path / "parts", resume=True)
+    steps, state = load_checkpoint(tmp_path / "parts/checkpoints")
+    assert steps >= config.steps and "replay" not in state["learner"]
+
+
+def test_a_run_killed_in_its_last_evaluation_goes_on_with_it(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/eval.json").unlink()
+    assert train(BASE, tmp_path / "run", resume=True).finished
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_again(whole, tmp_path):
@@ -486,7 +507,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(RunError, match=r"cannot write checkpoint .* \(No space left on device\): make room or mend the disk"):
             train(BASE, tmp_path / "parts")
     assert load_run(tmp_path / "parts").steps == 96
     train(BASE, tmp_path / "parts", resume=True)

@@ -169,8 +169,12 @@ class Learner(ABC):
         """Everything that is needed to go on bit for bit."""
         return {"policy": self.policy.state_dict(), "generator": self.generator.get_state(), "pool": self._pool.state_dict()}
 
+    def final_state_dict(self) -> dict:
+        """What of :meth:`state_dict` a finished run keeps: all but the replay, which may be gigabytes that nothing will be learned from."""
+        return {name: part for name, part in self.state_dict().items() if name != "replay"}
+
     def load_state_dict(self, state: dict) -> None:
-        """Takes what :meth:`state_dict` gave."""
+        """Takes what :meth:`state_dict` or :meth:`final_state_dict` gave."""
         self.policy.load_state_dict(state["policy"])
         self.generator.set_state(state["generator"].cpu())
         self._pool.load_state_dict(state["pool"])

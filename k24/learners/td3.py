@@ -276,10 +276,11 @@ class TD3Learner(Learner):
         return super().state_dict() | targets | own | {"owed": self._owed, "resets": (self._resets, self._intervals)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes what :meth:`state_dict` gave."""
+        """Takes what :meth:`state_dict` or :meth:`final_state_dict` gave."""
         super().load_state_dict(state)
         self.critic.load_state_dict(state["critic"])
         self._target.load_state_dict(state["target"])
         self._target_critic.load_state_dict(state["target_critic"])
-        self.replay.load_state_dict(state["replay"])
+        if "replay" in state:
+            self.replay.load_state_dict(state["replay"])
         self._owed, (self._resets, self._intervals) = float(state["owed"]), state["resets"]

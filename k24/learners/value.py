@@ -250,10 +250,11 @@ class ValueLearner(Learner):
         return super().state_dict() | own | {"owed": self._owed}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes what :meth:`state_dict` gave."""
+        """Takes what :meth:`state_dict` or :meth:`final_state_dict` gave."""
         super().load_state_dict(state)
         self._target.load_state_dict(state["target"])
-        self.replay.load_state_dict(state["replay"])
+        if "replay" in state:
+            self.replay.load_state_dict(state["replay"])
         self._rewards.load_state_dict(state["rewards"])
         self._owed = float(state["owed"])
 
