@@ -679,7 +679,7 @@ def test_a_damaged_run_is_one_line_and_left_as_it_is(capfd, finished, tmp_path, 
     assert not (folder / "executed").exists()
 
 
-def test_the_remedy_for_a_damaged_checkpoint_works(capfd, finished, stopped, tmp_path, capsys):
+def test_the_remedy_for_a_damaged_checkpoint_works(capfd, finished, stopped, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     _cut(folder)
@@ -687,7 +687,7 @@ def test_the_remedy_for_a_damaged_checkpoint_works(capfd, finished, stopped, tmp
     _newest(folder).unlink()
     assert main(["train", "--resume", "--out", str(folder)]) == 0
     assert_same_run(finished, folder)
-    capsys.readouterr()
+    capfd.readouterr()
 
 
 def test_a_run_without_a_checkpoint(capfd, finished, tmp_path):
