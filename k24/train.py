@@ -259,8 +259,9 @@ def _rounds(
             learner.learn(min(steps / config.steps, 1.0), steps)
             metrics["return_train"] = float(episodes.returns().mean())
             done = steps >= config.steps
-            if steps >= next_log or done:
-                next_log = _after(steps, config.log_every)
+            if steps >= min(next_log, next_eval) or done:
+                if steps >= next_log:
+                    next_log = _after(steps, config.log_every)
                 measured = {"return_train": metrics["return_train"], **learner.metrics()}
                 if steps >= next_eval or done:
                     next_eval = _after(steps, config.eval_every)

@@ -137,14 +137,18 @@ def test_losses_by_hand(critic_rows: str, rows: int, layer_norm: bool, alive: bo
     assert learner.policy_loss(batch, policy).item() == pytest.approx(-float(q_policy[own].mean()), rel=1e-5, abs=1e-7)
 
 
-def test_the_target_policy_is_smoothed_by_clipped_noise() -> None:
-    learner, batch = moved_learner(target_noise=0.6, target_noise_clip=0.4, critic_rows="all"), some_batch()
+@pytest.mark.parametrize("alive", [False, True])
+def test_the_target_policy_is_smoothed_by_clipped_noise(alive: bool) -> None:
+    """But not where an agent is dead: it does nothing, there as in what was played."""
+    learner, batch = moved_learner(target_noise=0.6, target_noise_clip=0.4, critic_rows="all"), some_batch(alive=alive)
     before = learner.generator.get_state()
     online = learner.critic.net.snapshot("train")
     loss = learner.critic_loss(batch, online).item()
     noise = torch.empty(AGENTS, 12, ACTIONS).normal_(generator=torch.Generator().set_state(before)) * 0.6
     assert (noise.abs() > 0.4).any()
     actions = (joint(learner._target.weights, batch.next_obs) + side_by_side(noise.clamp(-0.4, 0.4))).clamp(-1, 1)
+    if alive:
+        actions = actions * side_by_side(batch.next_alive[..., None].expand(-1, -1, ACTIONS))
     target = batch.returns + batch.discount * values(learner, learner._target_critic.weights, batch.next_state, actions).amin(0)
     q = values(learner, online, batch.state, side_by_side(batch.actions))
     assert loss == pytest.approx(float((q - target).square().mean()), rel=1e-5)
@@ -303,6 +307,19 @@ def test_steps_that_are_owed_are_carried_over() -> None:
         learner.learn(0.1, 20 * (k + 1))
         updates.append(learner.updates)
     assert updates == [2, 5, 7, 10], "20 steps a round, 2.5 gradient steps"
+
+
+def test_what_was_measured_waits_for_a_step_of_the_policy(monkeypatch) -> None:
+    """One step of the critics a round, and one of the policy in every second one."""
+    learner, env = some_learner("k24", warmup=0, env_steps_per_update=20.0, policy_delay=2, masks={"adaptive_reset": True}), Drift()
+    measured, told = [], []
+    monkeypatch.setattr(learner, "_moved", lambda: measured.append(float(len(measured) + 1)) or measured[-1])
+    settle = learner.policy.settle
+    monkeypatch.setattr(learner.policy, "settle", lambda *args: told.append(args[2]) or settle(*args))
+    for k in range(6):
+        learner.gather(env, 20 * k, seed=k)
+        learner.learn(0.1, 20 * (k + 1))
+    assert told == measured == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 5.0])

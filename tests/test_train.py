@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from k24 import train as train_module
-from k24.checkpoint import load_checkpoint
+from k24.checkpoint import load_checkpoint, save_checkpoint
 from k24.config import TrainConfig, load_config
 from k24.envs import Observation, Step, make_env
 from k24.envs.base import TeamEnv
@@ -125,6 +125,12 @@ def test_how_often_is_logged_and_evaluated(tmp_path):
     assert [r["steps"] for r in rows] == [16, 64, 112, 160, 208, 256, 304, 320]
     assert [r["steps"] for r in rows if "return_eval" in r] == [16, 112, 208, 304, 320]
     assert all(("return_eval_act" in r) == ("return_eval" in r) for r in rows)
+
+
+def test_evaluations_do_not_wait_for_a_line_of_metrics(tmp_path):
+    train(change(log_every=100, eval_every=50), tmp_path / "run")
+    rows = lines(tmp_path / "run")
+    assert [r["steps"] for r in rows] == [r["steps"] for r in rows if "return_eval" in r] == [16, 64, 112, 160, 208, 256, 304, 320]
 
 
 def test_tensorboard_shows_what_the_metrics_hold(tmp_path):
@@ -275,6 +281,16 @@ def test_an_unfinished_run_keeps_its_replay_bit_for_bit_and_a_finished_one_none(
     train(config, tmp_path / "parts", resume=True)
     steps, state = load_checkpoint(tmp_path / "parts/checkpoints")
     assert steps >= config.steps and "replay" not in state["learner"]
+
+
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path):
+    """Whose generators have states of another size; here one of 16 bytes, as on CUDA, in place of a CPU's."""
+    train(BASE, tmp_path / "run", should_stop=stop_after(9))
+    folder = tmp_path / "run/checkpoints"
+    steps, state = load_checkpoint(folder)
+    state["learner"]["generator"] = torch.arange(16, dtype=torch.uint8)
+    save_checkpoint(folder, steps, state)
+    assert train(BASE, tmp_path / "run", resume=True).finished
 
 
 def test_a_run_killed_in_its_last_evaluation_goes_on_with_it(whole, tmp_path):

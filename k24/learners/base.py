@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -176,7 +177,11 @@ class Learner(ABC):
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` or :meth:`final_state_dict` gave."""
         self.policy.load_state_dict(state["policy"])
-        self.generator.set_state(state["generator"].cpu())
+        drawn = state["generator"].cpu()
+        if len(drawn) == len(self.generator.get_state()):
+            self.generator.set_state(drawn)
+        else:  # of another kind of device, which goes on with other random numbers
+            self.generator.manual_seed(int.from_bytes(hashlib.sha256(drawn.numpy().tobytes()).digest()[:4], "little"))
         self._pool.load_state_dict(state["pool"])
 
     def load_policy_state(self, state: dict) -> None:

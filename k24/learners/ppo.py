@@ -57,7 +57,7 @@ class PPOConfig:
     entropy_coef: float = 0.01
     """Weight of the policy's entropy."""
     target_kl: float = 0.0
-    """Stop the passes over a round once the policy has moved this far on average; 0 for never."""
+    """Stop the policy's steps of a round once it has moved this far on average; 0 for never."""
     normalise_values: bool = True
     """Let the critic predict returns in units of their running standard deviation."""
     grad_clip: float = 10.0

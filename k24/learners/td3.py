@@ -166,7 +166,8 @@ class TD3Learner(Learner):
             return
         due, self._owed = int(self._owed), self._owed - int(self._owed)
         n_step = min(c.n_step, self.spec.episode_limit)
-        self._policy_kl = self._moved()
+        if self._policy_kl is None:  # what was measured waits for a step of the policy, which not every round has
+            self._policy_kl = self._moved()
         for _ in range(due):
             self.update(self.replay.sample(c.batch_size, n_step, c.gamma, self.generator), progress, env_steps)
 
@@ -211,6 +212,8 @@ class TD3Learner(Learner):
             actions = smoothed(
                 self._act(self._target.weights, batch.next_obs, batch.next_alive), c.target_noise, c.target_noise_clip, self.generator
             )
+            if batch.next_alive is not None:
+                actions = actions * batch.next_alive[..., None]  # the dead do nothing, as in the moments that critics learn from
             q_next = self._judge(self._target_critic.weights, batch.next_state, actions)
             target = td3_target(batch.returns, batch.discount, q_next)
         state, actions = batch.state, batch.actions
@@ -273,7 +276,8 @@ class TD3Learner(Learner):
         """Everything that is needed to go on bit for bit."""
         targets = {"target": self._target.state_dict(), "target_critic": self._target_critic.state_dict()}
         own = {"critic": self.critic.state_dict(), "replay": self.replay.state_dict()}
-        return super().state_dict() | targets | own | {"owed": self._owed, "resets": (self._resets, self._intervals)}
+        counts = {"owed": self._owed, "resets": (self._resets, self._intervals), "policy_kl": self._policy_kl}
+        return super().state_dict() | targets | own | counts
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` or :meth:`final_state_dict` gave."""
@@ -283,4 +287,4 @@ class TD3Learner(Learner):
         self._target_critic.load_state_dict(state["target_critic"])
         if "replay" in state:
             self.replay.load_state_dict(state["replay"])
-        self._owed, (self._resets, self._intervals) = float(state["owed"]), state["resets"]
+        self._owed, (self._resets, self._intervals), self._policy_kl = float(state["owed"]), state["resets"], state.get("policy_kl")

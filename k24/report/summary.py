@@ -70,7 +70,7 @@ def _require_same_steps(run: RunRecord, other: RunRecord, name: str) -> None:
     mine, theirs = ([step for step, _ in each.curve(name)] for each in (run, other))
     if mine != theirs:
         said = f"{run.folder} was evaluated {len(mine)} times from step {mine[0]:,} on, {other.folder} {len(theirs)} from {theirs[0]:,} on"
-        raise UsageError(f"{said}, at other steps: compare final scores, or train with equal --eval-every and --log-every")
+        raise UsageError(f"{said}, at other steps: compare final scores, or train with equal --eval-every")
 
 
 def ranges(grid: Grid, values: Values, random: dict[str, float], bounds: Bounds = None) -> dict[str, tuple[float, float]]:
