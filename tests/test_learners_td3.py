@@ -268,9 +268,17 @@ def test_a_reset_changes_one_critic_and_is_acted_by_at_once() -> None:
     learner = some_learner(critic="k24", masks={"freeze_at": 2.0, "hetero_init_scale": 1.0}, critic_reset_interval=100)
     learner.update(some_batch(), 0.1, 0)
     before = [made.weight.clone() for made in learner.critic.acting()]
-    learner._reset_in_turn(100)
+    learner._reset_in_turn(0.1, 100)
     for made, old in zip(learner.critic.acting(), before, strict=True):
         assert (made.weight != old).flatten(1).any(1).tolist() == [True, False, False]
+
+
+def test_no_critic_is_reset_in_the_last_interval() -> None:
+    learner, resets = some_learner(critic="k24", masks={"freeze_at": 2.0}, critic_reset_interval=100), []
+    learner.critic.sharing.reset_slot = lambda *_: resets.append(steps) or []  # type: ignore[method-assign]
+    for steps in range(50, 501, 50):
+        learner._reset_in_turn(steps / 500, steps)
+    assert resets == [100, 200, 300]
 
 
 def test_no_interval_no_resets() -> None:

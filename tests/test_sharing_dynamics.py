@@ -240,6 +240,11 @@ def test_resets_come_at_their_interval_but_not_in_the_last_one_and_never_after_t
     assert len(happened[10].resets) == 2 * len(scheme.masked)
 
 
+def test_where_masks_never_freeze_nothing_is_reset_in_the_last_interval() -> None:
+    scheme = some_scheme(freeze_at=2.0, reset_interval=10)
+    assert [k for k in range(1, 101) if one_step(scheme, k).resets] == [10, 20, 30, 40, 50, 60, 70, 80]
+
+
 def test_no_interval_no_resets_and_a_freeze_beyond_one_never_comes() -> None:
     scheme = some_scheme(freeze_at=1.5, reset_interval=0)
     events = [one_step(scheme, k) for k in range(1, TOTAL + 1)]

@@ -79,21 +79,33 @@ def test_diversity_has_the_stated_surrogate_gradient() -> None:
     assert (layer.threshold.grad[0, 0, 0] > 0).all(), "descent lowers the threshold of the agent that keeps the weight: masks stay apart"
 
 
-def test_resets_only_what_all_agents_mask_and_not_the_first_layer() -> None:
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_resets_only_what_all_agents_mask_and_with_a_gru_not_the_first_layer(recurrent: bool) -> None:
     high, low = [0.9] * 8, [0.001] * 4 + [0.9] * 4
     layers = [layer_with([[0.5] * 8] * 200, [[low] * 200, [high] * 200]) for _ in range(2)]
-    scheme = some_scheme(layers, 2, reset_interval=100, reset_ratio=0.25)
+    scheme = some_scheme([*layers, DenseLinear(8, 8, 2)] if recurrent else layers, 2, reset_interval=100, reset_ratio=0.25)
     assert not scheme.step(0.0, 99).resets
+    before = layers[1].threshold.detach().clone()
     events = scheme.step(0.0, 100)
     assert not scheme.step(0.0, 199).resets
-    assert [id(r.parameter) for r in events.resets] == [id(layers[1].weight)]
-    entries = events.resets[0].entries
+    reset = layers[1:] if recurrent else layers
+    assert [id(r.parameter) for r in events.resets] == [id(p) for layer in reset for p in (layer.weight, layer.threshold)]
+    assert recurrent == bool(layers[0].weight.eq(0.5).all())
+    entries, thresholds = (r.entries for r in events.resets[-2:])
+    assert torch.equal(thresholds, layers[1].threshold != before) and torch.equal(thresholds, entries.expand(2, -1, -1))
+    drawn = layers[1].threshold[thresholds]
+    assert drawn.min() >= -10 and drawn.max() <= -5, "as at the start, so that every agent has the weight again"
     assert torch.equal(entries, layers[1].weight != 0.5)
     assert not entries[:, :4].any(), "agent 0 still uses these"
     assert entries[:, 4:].float().mean() == pytest.approx(0.25, abs=0.05)
     assert layers[1].weight[entries].abs().max() <= 8**-0.5
-    assert layers[0].weight.eq(0.5).all()
     assert scheme.step(0.0, 200).resets
+
+
+def test_no_reset_in_the_last_interval() -> None:
+    scheme = some_scheme([KaleidoscopeLinear(8, 8, 2) for _ in range(2)], 2, reset_interval=100)
+    found = [steps for steps in range(10, 601, 10) if scheme.step(steps / 600, steps).resets]
+    assert found == [100, 200, 300, 400], "at 500 the end is no more than an interval away"
 
 
 def test_reports_what_it_masks() -> None:

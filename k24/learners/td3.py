@@ -22,7 +22,7 @@ from k24.learners.replay import Episodes, TransitionReplay, Transitions
 from k24.learners.rollout import NetActor, RandomActor, noisy, slots_of
 from k24.learners.targets import smoothed, td3_target
 from k24.nets import AgentNet, Weights
-from k24.sharing.base import Events
+from k24.sharing.base import Events, steps_left
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class TD3Learner(Learner):
         weights = self.critic.begin(progress, self.generator)
         self.critic.step(self.critic_loss(batch, weights), weights)
         frozen = self.critic.settle(progress, env_steps, None, self.generator).frozen
-        self._reset_in_turn(env_steps)
+        self._reset_in_turn(progress, env_steps)
         if self.updates % c.policy_delay == 0:
             weights = self.policy.begin(progress, self.generator)
             self.policy.step(self.policy_loss(batch, weights), weights)
@@ -258,10 +258,10 @@ class TD3Learner(Learner):
         net = self.critic.net
         return net(weights, rows, net.initial_state(rows.shape[2]), observe=observe)[0][:, 0, :, 0]
 
-    def _reset_in_turn(self, env_steps: int) -> None:
-        """Draws one critic's masks anew every so often, one critic after the other; never several at once, however long a round is."""
+    def _reset_in_turn(self, progress: float, env_steps: int) -> None:
+        """Draws one critic's masks anew every so often, one critic after the other; never several at once, nor any in the last interval."""
         every = self.config.critic_reset_interval
-        if not every or env_steps // every <= self._intervals:
+        if not every or env_steps // every <= self._intervals or steps_left(progress, env_steps) <= every:
             return
         slot, self._resets, self._intervals = self._resets % self.n_critics, self._resets + 1, env_steps // every
         self.critic.forget(Events(resets=self.critic.sharing.reset_slot(slot, self.generator)))

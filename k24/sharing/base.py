@@ -7,6 +7,7 @@ set of effective weights made once and kept. Learners call the methods below and
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -178,3 +179,8 @@ class Sharing(ABC):
 
     def load_state_dict(self, state: dict) -> None:
         """Takes what :meth:`state_dict` gave."""
+
+
+def steps_left(progress: float, env_steps: int) -> float:
+    """Environment steps to the end of training, of which ``progress`` is the share that ``env_steps`` are; infinite at the start."""
+    return round(env_steps / progress) - env_steps if progress > 0 else math.inf

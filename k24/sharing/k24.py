@@ -233,7 +233,7 @@ class K24(Sharing):
             return Events()
         # Nothing is drawn anew in the last interval: what is new then cannot be learned before the masks are fixed.
         interval = progress * (self._steps - self._last_reset) / self._steps
-        if progress + interval >= self.config.freeze_progress:
+        if progress + interval >= min(self.config.freeze_progress, 1.0):
             return Events()
         self._last_reset = self._steps
         return Events(resets=[reset for layer in self.masked for reset in reset_layer(layer, self.config.reset_ratio, generator)])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k24.errors import UsageError
-from k24.sharing.base import Events, Role, Sharing, SlotLayer
+from k24.sharing.base import Events, Role, Sharing, SlotLayer, steps_left
 from k24.sharing.dense import DenseLinear
 from k24.sparse.diversity import AdaptiveCoefficient
 from k24.sparse.dynamics import Reset, of_slot
@@ -41,6 +41,9 @@ class KaleidoscopeConfig:
 
     def __post_init__(self) -> None:
         """Checks each value."""
+        for name in ("threshold_lr_scale", "div_coef"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"kaleidoscope.{name} (={getattr(self, name)}) must not be negative: 0 switches it off")
         if self.reset_interval < 1 or not 0 <= self.reset_ratio <= 1 or self.deque_len < 1:
             raise UsageError(
                 f"kaleidoscope needs reset_interval >= 1 (={self.reset_interval}), reset_ratio in [0, 1] (={self.reset_ratio}), "
@@ -91,7 +94,8 @@ class Kaleidoscope(Sharing):
     """The scheme, with its weighted L1 diversity and its reset of weights that nobody uses.
 
     The diversity loss of layer l has the weight ``c_l = 1, 2, 4, 8`` from the input to the output. Weights masked by all agents are
-    drawn anew, in all but the first layer.
+    drawn anew, with their thresholds; where there is a GRU not those of the first layer. Nothing is reset in the last interval of training.
+    All as published.
 
     Args:
         n_slots: Agents.
@@ -140,27 +144,37 @@ class Kaleidoscope(Sharing):
         return coefficient * loss
 
     def step(self, progress: float, env_steps: int, policy_kl: float | None = None, generator: torch.Generator | None = None) -> Events:
-        """Draws weights anew that every agent masks, every ``reset_interval`` environment steps."""
-        if env_steps - self._last_reset < self.config.reset_interval:
+        """Draws weights anew that every agent masks, every ``reset_interval`` environment steps but for the last ones."""
+        every = self.config.reset_interval
+        if env_steps - self._last_reset < every or steps_left(progress, env_steps) <= every:
             return Events()
         self._last_reset = env_steps
-        return Events(resets=[self._reset(layer, generator) for layer in self._masked[1:]])
+        masked = self._masked
+        reset = masked if len(masked) == len(self.layers) else masked[1:]
+        return Events(resets=[part for layer in reset for part in self._reset(layer, generator)])
 
     @torch.no_grad()
-    def _reset(self, layer: KaleidoscopeLinear, generator: torch.Generator | None) -> Reset:
+    def _reset(self, layer: KaleidoscopeLinear, generator: torch.Generator | None) -> list[Reset]:
         unused = layer.mask().sum(0) == 0
         chosen = unused & (torch.rand(unused.shape, generator=generator, device=unused.device) < self.config.reset_ratio)
         bound = layer.in_features**-0.5
         fresh = torch.empty_like(layer.weight).uniform_(-bound, bound, generator=generator)
         layer.weight.copy_(torch.where(chosen, fresh, layer.weight))
-        return Reset(layer.weight, chosen)
+        thresholds = self._fresh_thresholds(layer.threshold, generator)
+        layer.threshold.copy_(torch.where(chosen, thresholds, layer.threshold))
+        return [Reset(layer.weight, chosen), Reset(layer.threshold, chosen.expand_as(layer.threshold))]
+
+    @staticmethod
+    def _fresh_thresholds(like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Logits as at the start."""
+        return -(torch.empty_like(like).uniform_(generator=generator) * 5 + 5)
 
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator | None = None) -> list[Reset]:
         """Draws one slot's thresholds anew."""
         resets = []
         for layer in self._masked:
-            layer.threshold[slot] = -(torch.empty_like(layer.threshold[slot]).uniform_(generator=generator) * 5 + 5)
+            layer.threshold[slot] = self._fresh_thresholds(layer.threshold[slot], generator)
             resets.append(Reset(layer.threshold, of_slot(layer.threshold, slot)))
         return resets
 
