@@ -232,6 +232,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 10_050_000,
         "hidden": 64,
         "envs": 8,
+        "slots": "unit_type",
         "sharing": "kaleidoscope",
         "learner": {
             "lr": 1e-3,

@@ -67,31 +67,35 @@ def _kept(layer: Linear) -> Tensor:
 
 
 @torch.no_grad()
-def inspect_net(net: Net) -> dict[str, Any]:
+def inspect_net(net: Net, n_agents: int | None = None) -> dict[str, Any]:
     """Everything ``k24 inspect`` prints of a policy.
 
     Args:
         net: A net.
+        n_agents: Agents that act by it; as many as it has slots when None.
 
     Returns:
         ``overall_sparsity`` (of the masked layers where there are any), ``pattern_entropy`` (bits of the chosen patterns' usage; None
         without masks), ``mask_hamming`` (of the layers with a mask for each slot where there are any), ``params`` (values stored, masks
-        aside), ``macs_per_act`` (multiply-adds of one joint action: every weight that an agent keeps), ``bytes``; and for the tables
+        aside), ``macs_per_act`` (multiply-adds of one joint action: every weight that an agent keeps, mean over slots where agents are not
+        the slots), ``bytes``; and for the tables
         ``layers`` (name, sparsity per layer), ``distance`` (``[A, A]``), ``pattern_usage``.
     """
     masks = [_kept(layer) for layer in net.linears]
     everyones = [mask.expand(net.n_slots, -1, -1) for mask in masks]
     coded = [layer for layer in net.linears if layer.codes is not None]
-    counted = [mask for mask, layer in zip(masks, net.linears, strict=True) if layer.codes is not None] or everyones
-    # As in training, what agents share by design says nothing of how far apart they are.
-    own = [mask for mask, layer in zip(masks, net.linears, strict=True) if layer.codes is not None and len(mask) > 1] or everyones
+    # As in training, layers that are dense by design say nothing of how sparse masks are, nor what agents share of how far apart they are.
+    # Where there are no patterns, masked layers are those that have weights of their own for each slot.
+    with_masks = [layer.codes is not None or (not coded and len(mask) > 1) for mask, layer in zip(masks, net.linears, strict=True)]
+    counted = [mask for mask, masked in zip(masks, with_masks, strict=True) if masked] or everyones
+    own = [mask for mask, masked in zip(masks, with_masks, strict=True) if masked and len(mask) > 1] or everyones
     distance = mask_distance(own)
     result: dict[str, Any] = {
         "overall_sparsity": 1 - float(sum(m.sum() for m in counted)) / sum(m.numel() for m in counted),
         "pattern_entropy": None,
         "mask_hamming": float(off_diagonal(distance).mean()),
         "params": sum(_stored_weights(layer)[0] + _stored(layer.bias)[0] for layer in net.linears),
-        "macs_per_act": sum(int(mask.sum(dtype=torch.float64)) for mask in everyones),
+        "macs_per_act": round(sum(int(mask.sum(dtype=torch.float64)) for mask in everyones) * (n_agents or net.n_slots) / net.n_slots),
         "bytes": deployed_bytes(net.linears),
         "layers": {name: 1 - float(mask.mean()) for name, mask in zip(layer_names(net), masks, strict=True)},
         "distance": distance.tolist(),
@@ -119,7 +123,7 @@ def inspect_run(run: Run) -> dict[str, Any]:
     from k24.export import net_of
 
     trained = sum(p.numel() for p in run.learner.net.parameters() if p.requires_grad) - run.learner.sharing.idle()
-    return inspect_net(net_of(run.learner.net)) | {"params": trained}
+    return inspect_net(net_of(run.learner.net), run.learner.spec.n_agents) | {"params": trained}
 
 
 def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:

@@ -238,8 +238,11 @@ class Policy:
             state = self._checked_state(state, x, x.shape[:-1]).reshape(slots.numel(), self._hidden)
         lead = x.shape[:-1]
         if self.spec.agent_id:
-            ids = self._ids.to(x.dtype)
-            x = torch.cat((x, ids.expand(-1, lead[1], -1) if x.ndim == 3 else ids[:, 0]), -1)
+            if self.spec.slots == "agent":  # a row that follows another agent's policy is told that agent's index
+                ids = self._ids[slots.clamp(0, self._slots - 1), 0]
+            else:
+                ids = self._ids.expand(-1, lead[1], -1) if x.ndim == 3 else self._ids[:, 0]
+            x = torch.cat((x, ids.to(x.dtype)), -1)
         values, state = self._prepared(x.reshape(slots.numel(), x.shape[-1]), state, slots.reshape(-1))
         return values.view(*lead, self.spec.n_outputs), state.view(*lead, self._hidden)
 

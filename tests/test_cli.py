@@ -27,6 +27,7 @@ from k24.cli import main
 from k24.commands.train import stop_on_signal
 from k24.config import TrainConfig, load_config
 from k24.envs import make_env
+from k24.evaluate import load_run
 from k24.learners import LEARNERS, PPOConfig
 from k24.train import train
 
@@ -197,6 +198,24 @@ def test_eval_repeats_itself_and_knows_other_policies(interrupted, capsys):
     assert value() == value()
     assert value("--masks", "sampled") == value("--masks", "expected") == value()  # frozen, so they are all the same
     assert value("--random") == pytest.approx(0.5, abs=0.15)
+
+
+def test_masks_are_drawn_anew_in_each_round_and_by_the_seed(tmp_path, capsys):
+    train(BASE, tmp_path / "run", should_stop=stop_after(9))  # before the freeze
+    actor = load_run(tmp_path / "run").learner.actor("sampled")
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        for _ in range(2):
+            actor.reset(3)
+            drawn.append(torch.cat([made.weight.flatten() for made in actor._weights]))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[4])
+    values = []
+    for seed in ("1", "1", "2"):
+        assert main(["eval", str(tmp_path / "run"), "--device", "cpu", "--masks", "sampled", "--seed", seed]) == 0
+        values.append(last_json(capsys.readouterr().out)["return_mean"])
+    assert values[0] == values[1] != values[2]
 
 
 def test_inspect_of_a_run(interrupted, place):

@@ -435,6 +435,18 @@ def test_rows_of_mixed_slots(tmp_path, agent_id) -> None:
     assert policy.act(obs, slots=slots)[1].shape == (6, 6)
 
 
+@pytest.mark.parametrize("kind", ["masked", "shared"])
+def test_who_follows_another_agents_policy_is_told_its_index(kind) -> None:
+    net = random_net(inputs=9, kind=kind)
+    policy = Policy(net, spec_of(net, agent_id=True), "dense")
+    obs, slots = torch.randn(3, 4, 6), torch.tensor([2, 0, 1])
+    found, _ = policy.outputs(obs, slots=slots[:, None].expand(3, 4))
+    rows, _ = policy.outputs(obs.flatten(0, 1), slots=slots.repeat_interleave(4))
+    torch.testing.assert_close(found, rows.view(3, 4, -1))
+    # As if that agent had seen it.
+    torch.testing.assert_close(found[slots.argsort()], policy.outputs(obs[slots.argsort()])[0])
+
+
 def test_fewer_slots_than_agents_need_slots(tmp_path) -> None:
     net = random_net(slots=2)
     save_policy(tmp_path / "p.safetensors", net, spec_of(net, n_agents=5))

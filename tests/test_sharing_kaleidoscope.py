@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from k24.sharing import DenseLinear, KaleidoscopeConfig
+from k24.errors import UsageError
+from k24.export import net_of
+from k24.inspection import inspect_net
+from k24.nets import AgentNet
+from k24.sharing import DenseLinear, KaleidoscopeConfig, make_sharing
 from k24.sharing.kaleidoscope import Kaleidoscope, KaleidoscopeLinear
 
 
@@ -100,6 +104,27 @@ def test_resets_only_what_all_agents_mask_and_with_a_gru_not_the_first_layer(rec
     assert entries[:, 4:].float().mean() == pytest.approx(0.25, abs=0.05)
     assert layers[1].weight[entries].abs().max() <= 8**-0.5
     assert scheme.step(0.0, 200).resets
+
+
+@pytest.mark.parametrize("name", ["threshold_lr_scale", "div_coef"])
+def test_settings_that_would_turn_round_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"kaleidoscope\.{name} \(=-1.0\) must not be negative: 0 switches it off"):
+        KaleidoscopeConfig(**{name: -1.0})
+
+
+def test_what_is_inspected_is_what_is_logged() -> None:
+    """The dense GRU, which agents share by design, counts in neither."""
+    scheme = make_sharing("kaleidoscope", 3)
+    net = AgentNet(5, 4, 8, 3, scheme, agent_id=False)
+    with torch.no_grad():
+        for layer in scheme.layers:
+            if isinstance(layer, KaleidoscopeLinear):
+                layer.threshold.uniform_(-4, 0)
+    found, logged = inspect_net(net_of(net)), scheme.metrics()
+    assert 0.1 < logged["overall_sparsity"] < 0.9 and logged["mask_hamming"] > 0.1
+    assert {name: found[name] for name in ("overall_sparsity", "mask_hamming")} == pytest.approx(
+        {name: logged[name] for name in ("overall_sparsity", "mask_hamming")}, rel=1e-5
+    )
 
 
 def test_no_reset_in_the_last_interval() -> None:

@@ -125,6 +125,8 @@ def test_what_it_costs(name: str) -> None:
     found = inspect_net(net_of(net))
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) - sharing.idle() == params
     assert found["macs_per_act"] == macs
+    # Five agents of these three slots, unit types for instance: what a slot costs on average, for each of them.
+    assert inspect_net(net_of(net), 5)["macs_per_act"] == pytest.approx(5 / 3 * macs, abs=1)
     if deployed is None:
         bits = 3 * sum(o * -(-i // 4) for o, i in [(64, 21), (192, 64), (192, 64), (64, 64), (64, 64), (5, 64)])
         if name == "snp":

@@ -58,6 +58,7 @@ def test_table_holds_every_pattern_once_in_lexicographic_order(text: str) -> Non
         ("4:4", "4:4 keeps nothing or everything"),
         ("5:4", "keeps nothing or everything"),
         ("8:16", "8:16 has 12870 states, at most 256"),
+        ("99999999:999999999", "99999999:999999999 has more than 256 states, at most 256"),
     ],
 )
 def test_unusable_patterns_are_refused(text: str, message: str) -> None:

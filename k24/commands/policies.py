@@ -163,7 +163,7 @@ def inspect_command(arguments: list[str]) -> None:
 
         net, spec, _ = read_policy(options.run)
         about: Any = spec
-        steps, found, counted = spec.steps, inspect_net(net), "in the file"
+        steps, found, counted = spec.steps, inspect_net(net, spec.n_agents), "in the file"
     else:
         from k24.evaluate import load_run
 

@@ -123,7 +123,7 @@ class Learner(ABC):
         """Who acts with the weights of ``phase``, by the best or likeliest action, or by drawing from the policy.
 
         Args:
-            phase: Which masks.
+            phase: Which masks; ``sampled`` ones are drawn anew whenever episodes begin, from torch's own generator.
             sample: Whether to draw.
             seed: Of the draws.
 
@@ -136,6 +136,8 @@ class Learner(ABC):
             choose = drawn(self._kind, torch.Generator(self.device).manual_seed(seed))
         else:
             raise UsageError(f"{self.algo} learns a {self.kind} policy, which is no distribution to draw from: leave sample out")
+        if phase == "sampled":
+            return NetActor(self.net, (), choose, self.rule, redraw=lambda: self.net.snapshot(phase))
         return self._actor(self.policy.acting() if phase == "act" else self.net.snapshot(phase), choose)
 
     def _actor(self, weights: Weights, choose: Choice) -> NetActor:

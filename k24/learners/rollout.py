@@ -26,14 +26,25 @@ class NetActor:
         weights: Effective weights, made once.
         choose: From outputs ``[A, E, K]`` and what was observed to actions; the largest output of the available ones when None.
         rule: Which slot each row uses; the agent's index when None.
+        redraw: What to act with from each reset on, in place of ``weights``.
     """
 
-    def __init__(self, net: AgentNet, weights: Sequence[SlotWeights], choose: Choice | None = None, rule: SlotRule | None = None) -> None:
+    def __init__(
+        self,
+        net: AgentNet,
+        weights: Sequence[SlotWeights],
+        choose: Choice | None = None,
+        rule: SlotRule | None = None,
+        redraw: Callable[[], Sequence[SlotWeights]] | None = None,
+    ) -> None:
         self._net, self._weights, self._choose, self._rule = net, weights, choose or likeliest(KINDS["discrete"]), rule
+        self._redraw = redraw
         self._h: Tensor | None = None
 
     def reset(self, rows: int) -> None:
         """Forgets: a new episode begins in every row."""
+        if self._redraw is not None:
+            self._weights = self._redraw()
         self._h = self._net.initial_state(rows)
 
     @torch.no_grad()

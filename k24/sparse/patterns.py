@@ -42,10 +42,10 @@ class PatternSet:
         """Refuses patterns that keep nothing, keep all, or are too many to enumerate."""
         if not 0 < self.n < self.m:
             raise UsageError(f"pattern {self.n}:{self.m} keeps nothing or everything: use N:M with 0 < N < M, for example 2:4")
-        if comb(self.m, self.n) > MAX_PATTERNS:
-            raise UsageError(
-                f"pattern {self.n}:{self.m} has {comb(self.m, self.n)} states, at most {MAX_PATTERNS} are supported: use a smaller M"
-            )
+        # There are at least M of them, and of a huge M nobody would see the count.
+        if self.m > MAX_PATTERNS or comb(self.m, self.n) > MAX_PATTERNS:
+            count = f"{comb(self.m, self.n)}" if self.m <= MAX_PATTERNS else f"more than {MAX_PATTERNS}"
+            raise UsageError(f"pattern {self.n}:{self.m} has {count} states, at most {MAX_PATTERNS} are supported: use a smaller M")
 
     @classmethod
     def parse(cls, text: str | PatternSet) -> PatternSet:
