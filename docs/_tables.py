@@ -29,6 +29,7 @@ SUMMARY = (
     ("`vmas/navigation`", "navigation", "", 2),
     ("`vmas/dispersion`", "dispersion", "", 2),
     ("`mpe/simple_speaker_listener`, MATD3", "speaker_listener", "", 1),
+    ("`smax/smacv2_5_units`, episodes won", "smax", "", 3),
 )
 COMPARED = ("k24", "k24,hidden=92", "fups_id", "kaleidoscope", "k24_random", "k24_random,hidden=92")
 
@@ -127,8 +128,8 @@ def _half(found: dict[str, Any], digits: int) -> str:
 
 
 def _name(method: str) -> str:
-    """The method, in bold where it is K-2:4 with its masks learned; a line may end before its options."""
-    shown = method.replace(",kaleidoscope.", ",<br>kaleidoscope.")
+    """The method, in bold where it is K-2:4 with its masks learned; of a long one each option has a line."""
+    shown = method.replace(",", ",<br>") if len(method) > 30 else method
     return f"**{shown}**" if method.partition(",")[0] == "k24" else shown
 
 
