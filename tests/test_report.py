@@ -354,16 +354,18 @@ def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> No
         values_of(make_grid(*read_runs([four])), "return", "training")
 
 
-def test_areas_are_compared_over_equal_steps_alone(four: Path) -> None:
-    """The same straight line, evaluated once more or from later on, has another area below its evaluations."""
+def test_areas_are_compared_of_curves_with_equally_many_points(four: Path) -> None:
+    """The same straight line, evaluated once more, has another area below its evaluations; rounds may end at steps of their own."""
     log = four / "toy/memory/qmix-k24/seed1/metrics.jsonl"
     log.write_text("".join(json.dumps({"steps": step, "return_eval": 4.0 * step / 320}) + "\n" for step in (80, 160, 320)))
     grid = make_grid(*read_runs([four]))
     assert values_of(grid, "return", "final")["k24", "toy/memory"].tolist() == [3.0, 4.0]
-    with pytest.raises(
-        UsageError, match=r"seed1 was evaluated 3 times from step 80 on, .*seed0 2 from 160 on, at other steps: compare fin"
-    ):
+    with pytest.raises(UsageError, match=r"seed1 was evaluated 3 times in training, .*seed0 2 times: compare final scores"):
         values_of(grid, "return", "training")
+    log.write_text("".join(json.dumps({"steps": step, "return_eval": 4.0 * step / 320}) + "\n" for step in (163, 320)))
+    assert values_of(make_grid(*read_runs([four])), "return", "training")["k24", "toy/memory"].tolist() == pytest.approx(
+        [2.25, 4 * 241.5 / 320]
+    )
 
 
 def test_where_nobody_beats_random_play_nobody_gets_a_one(four: Path) -> None:

@@ -42,8 +42,8 @@ def values_of(grid: Grid, metric: str, score: str) -> Values:
             raise UsageError(f"{run.folder} has no {metric}: its task knows no victory, compare returns")
         if score == "training":
             _require_whole(run, f"{metric}_eval")
-            # Learners count steps in portions of their own, so that only those of one learner are evaluated at the same steps.
-            _require_same_steps(run, first.setdefault((run.task, run.config.algo), run), f"{metric}_eval")
+            # Learners count steps in portions of their own, so that only those of one learner are evaluated equally often.
+            _require_as_often(run, first.setdefault((run.task, run.config.algo), run), f"{metric}_eval")
 
     def one(run: RunRecord) -> float:
         if score == "final":
@@ -65,12 +65,15 @@ def _require_whole(run: RunRecord, name: str) -> None:
         raise UsageError(f"{run.folder} trained for {run.config.steps:,} steps, and its log ends at {curve[-1][0]:,}: {remedy}")
 
 
-def _require_same_steps(run: RunRecord, other: RunRecord, name: str) -> None:
-    """Refuses two curves that were evaluated at other steps: an area is another one then, whatever was learned."""
-    mine, theirs = ([step for step, _ in each.curve(name)] for each in (run, other))
+def _require_as_often(run: RunRecord, other: RunRecord, name: str) -> None:
+    """Refuses two curves of unequally many points: an area is another one then, whatever was learned.
+
+    Not of unequal steps: where episodes end early, rounds of two runs end at different steps.
+    """
+    mine, theirs = len(run.curve(name)), len(other.curve(name))
     if mine != theirs:
-        said = f"{run.folder} was evaluated {len(mine)} times from step {mine[0]:,} on, {other.folder} {len(theirs)} from {theirs[0]:,} on"
-        raise UsageError(f"{said}, at other steps: compare final scores, or train with equal --eval-every")
+        said = f"{run.folder} was evaluated {mine} times in training, {other.folder} {theirs} times"
+        raise UsageError(f"{said}: compare final scores, or train with equal --eval-every, longer than a round")
 
 
 def ranges(grid: Grid, values: Values, random: dict[str, float], bounds: Bounds = None) -> dict[str, tuple[float, float]]:
