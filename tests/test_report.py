@@ -297,7 +297,8 @@ def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
 
     mine, theirs = (found["tasks"][BASE.task]["methods"][name] for name in ("k24", "fups_id"))
     evaluations = [json.loads(path.read_text())["return_mean"] for path in sorted(trained.rglob("*-k24/seed*/eval.json"))]
-    assert mine["each"] == evaluations and mine["mean"]["value"] == pytest.approx(sum(evaluations) / 2)
+    assert mine["each"] == [float(f"{value:.6g}") for value in evaluations]
+    assert mine["mean"]["value"] == pytest.approx(sum(evaluations) / 2, rel=1e-5)
     assert mine["macs_per_act"] < 0.6 * theirs["macs_per_act"], "half, but for groups that padding fills"
     assert mine["params"] > theirs["params"]
     assert found["reference"] == "k24" and set(found["against"][BASE.task]) == set(found["level"][BASE.task]) == {"fups_id"}
@@ -352,6 +353,15 @@ def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> No
     log.write_text(log.read_text() + '{"steps": 240, "return_eval": NaN}\n{"steps": 320, "return_eval": 1.0}\n')
     with pytest.raises(UsageError, match="seed0 has evaluations in its log that are no numbers: compare final scores, or run it again"):
         values_of(make_grid(*read_runs([four])), "return", "training")
+
+
+def test_rounding_is_no_win(tmp_path: Path) -> None:
+    for method, values in (("qmix-k24", (16.0, 16.0)), ("qmix-fups_id", (15.999998, 15.999999))):
+        for seed, value in enumerate(values):
+            write_run(tmp_path, method, seed, value)
+    for score in ("final", "training"):
+        found = report([tmp_path / "toy"], tmp_path / "report", score=score, reps=50)
+        assert found["improvement"]["fups_id"] == {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_areas_are_compared_of_curves_with_equally_many_points(four: Path) -> None:

@@ -47,11 +47,16 @@ def values_of(grid: Grid, metric: str, score: str) -> Values:
 
     def one(run: RunRecord) -> float:
         if score == "final":
-            return float(run.evaluation[METRICS[metric]])
+            return _without_rounding(run.evaluation[METRICS[metric]])
         steps, values = np.array(run.curve(f"{metric}_eval")).T
-        return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+        return _without_rounding(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
     return {cell: np.array([one(run) for run in runs]) for cell, runs in grid.runs.items()}
+
+
+def _without_rounding(value: float) -> float:
+    """Six digits: a return is a sum of float32 numbers, and what its order of summing leaves must not count as a win."""
+    return float(f"{value:.6g}")
 
 
 def _require_whole(run: RunRecord, name: str) -> None:
