@@ -24,7 +24,7 @@ from k24.config import TrainConfig
 from k24.errors import K24Error, UsageError
 from k24.evaluate import build_env, build_learner, load_run, play, record_gif
 from k24.export import export_run
-from k24.inspection import inspect_run, plot_curve, plot_inspection
+from k24.inspection import inspect_learner, plot_curve, plot_inspection
 
 EPISODES = 256
 
@@ -69,7 +69,7 @@ def demo(options: Options) -> None:
     result = run_training(config, folder)
 
     run = load_run(folder)
-    found = inspect_run(run)
+    found = inspect_learner(run.learner)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [(line["steps"], line["return_eval"]) for line in lines if "return_eval" in line]
     plot_curve(points, folder / "curve.png", f"{config.task}, {config.algo}-{config.sharing}", {"random policy": random_return})

@@ -17,7 +17,10 @@ from k24.kernels import Linear, Net
 from k24.sparse.metrics import entropy_bits, mask_distance, off_diagonal, pattern_usage
 
 if TYPE_CHECKING:
-    from k24.evaluate import Run
+    from k24.learners import Learner
+
+# What a policy costs, of what is found by looking at it.
+COSTS = ("macs_per_act", "params", "bytes")
 
 
 def deployed_bytes(layers: Iterable[Linear]) -> int:
@@ -114,16 +117,23 @@ def inspect_net(net: Net, n_agents: int | None = None) -> dict[str, Any]:
     return result
 
 
-def inspect_run(run: Run) -> dict[str, Any]:
+def inspect_learner(learner: Learner) -> dict[str, Any]:
     """Everything ``k24 inspect`` prints of a run: as :func:`inspect_net`, with ``params`` counting all that is trained.
 
     Args:
-        run: A run.
+        learner: That of the run.
     """
     from k24.export import net_of
 
-    trained = sum(p.numel() for p in run.learner.net.parameters() if p.requires_grad) - run.learner.sharing.idle()
-    return inspect_net(net_of(run.learner.net), run.learner.spec.n_agents) | {"params": trained}
+    retired = {id(p) for p in learner.sharing.retired()}
+    trained = sum(p.numel() for p in learner.net.parameters() if p.requires_grad or id(p) in retired) - learner.sharing.idle()
+    return inspect_net(net_of(learner.net), learner.spec.n_agents) | {"params": trained}
+
+
+def costs_of(learner: Learner) -> dict[str, int]:
+    """Of that, what its policy costs: the numbers in :data:`COSTS`."""
+    found = inspect_learner(learner)
+    return {name: int(found[name]) for name in COSTS}
 
 
 def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:

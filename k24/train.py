@@ -20,6 +20,7 @@ from k24.envs import TeamEnv
 from k24.errors import UsageError
 from k24.evaluate import EVAL_SEED, build_env, build_learner, pinned, play, resolve_device, restore, summary
 from k24.files import hold_folder, write_atomically
+from k24.inspection import costs_of
 from k24.learners import Learner, collect_episodes
 from k24.learners.rollout import slots_of
 from k24.sharing import Experience
@@ -287,6 +288,7 @@ def _rounds(
             save()
         evaluation = {
             **summary(play(learner.actor("deploy"), eval_env, max(config.eval_episodes, config.final_episodes), EVAL_SEED + 500)),
+            **costs_of(learner),
             "steps": steps,
             "task": config.task,
         }

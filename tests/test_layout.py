@@ -45,9 +45,9 @@ LAYERS: dict[str, set[str]] = {
     # where the wings meet
     "evaluate": {"actions", "sparse", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"},
     "export": {"sparse", "kernels", "policy", "onnx", "nets", "files", "evaluate"},
-    "inspection": {"sparse", "kernels", "artifact", "export", "evaluate"},
+    "inspection": {"sparse", "kernels", "artifact", "learners", "export", "evaluate"},
     # on top
-    "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate"},
+    "train": {"allocator", "files", "sparse", "sharing", "nets", "envs", "learners", "config", "checkpoint", "evaluate", "inspection"},
     "bench": {
         *("allocator", "sparse", "kernels", "policy", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("artifact", "onnx", "export", "evaluate", "train"),

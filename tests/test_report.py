@@ -16,6 +16,7 @@ from test_train import BASE
 from k24.cli import main
 from k24.config import save_config
 from k24.errors import UsageError
+from k24.inspection import COSTS
 from k24.learners import PPOConfig
 from k24.report import report
 from k24.report.latency import latencies
@@ -239,6 +240,7 @@ def test_a_log_that_a_kill_cut_short_is_read(four: Path) -> None:
         ("eval.json", '{"return_mean": 1' + "0" * 400 + ', "episodes": 3}', "eval.json is damaged (return_mean=1000"),
         ("eval.json", "[" * 100_000, "eval.json is damaged (RecursionError)"),
         ("eval.json", '{"return_mean": 1.0, "episodes": 3, "win_rate": null}', "eval.json is damaged (win_rate=None, expected a number)"),
+        ("eval.json", '{"return_mean": 1.0, "episodes": 3, "bytes": 9}', "eval.json is damaged (macs_per_act=None, expected a number)"),
         ("eval.json", "[]", "eval.json is damaged"),
         ("config.yaml", "flavour: sour", "unknown setting 'flavour': did you mean 'learner'?; if another version of k24 wrote it, leave"),
         ("config.yaml", "algo: [", "config.yaml is no YAML"),
@@ -315,6 +317,22 @@ def test_a_report_of_real_runs(trained: Path, tmp_path: Path, capfd) -> None:
     report([trained], again, latency=2, reps=200)
     for name in ("report.md", "report.json", "marl_eval.json"):
         assert (again / name).read_bytes() == (out / name).read_bytes(), "the same runs give the same bytes"
+
+
+def test_costs_travel_with_the_evaluation(trained: Path, tmp_path: Path) -> None:
+    def costs() -> list[dict]:
+        return list(report([tmp_path / "runs"], tmp_path / "report", reps=50)["tasks"][BASE.task]["methods"].values())
+
+    shutil.copytree(trained, tmp_path / "runs")
+    told = costs()
+    for path in (tmp_path / "runs").rglob("eval.json"):
+        found = json.loads(path.read_text())
+        assert found["macs_per_act"] > 0 and found["bytes"] > 0 and found["params"] > 0
+        path.write_text(json.dumps({name: value for name, value in found.items() if name not in COSTS}))
+    assert costs() == told, "of a run that knows nothing of them, from its checkpoint"
+    shutil.rmtree(tmp_path / "runs")
+    shutil.copytree(trained, tmp_path / "runs", ignore=shutil.ignore_patterns("checkpoints"))
+    assert costs() == told, "a checkpoint need not come along"
 
 
 def test_what_was_timed_is_kept_until_a_run_is_another(trained: Path, tmp_path: Path) -> None:

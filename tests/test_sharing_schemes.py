@@ -20,7 +20,7 @@ from k24.envs.toy import Specialisation
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner, load_run
 from k24.export import net_of
-from k24.inspection import inspect_net, inspect_run
+from k24.inspection import inspect_learner, inspect_net
 from k24.learners import PPOConfig, TD3Config, ValueConfig, ValueLearner
 from k24.nets import AgentNet
 from k24.policy import PolicySpec, load_policy, save_policy
@@ -472,7 +472,7 @@ def test_a_run_plays_first_and_says_so(tmp_path) -> None:
     assert run.steps == 160, "random play is no part of the run's steps"
     # All is alike in this game but what one does oneself, so random play has nothing to tell the two agents by.
     assert run.learner.sharing.metrics() == {"clusters": 1.0, "random_play_steps": 256.0}
-    found = inspect_run(run)
+    found = inspect_learner(run.learner)
     assert found["params"] == sum(p[0].numel() for p in run.learner.net.parameters()) == found["bytes"] // 4
 
 

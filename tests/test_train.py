@@ -21,6 +21,7 @@ from k24.envs import Observation, Step, make_env
 from k24.envs.base import TeamEnv
 from k24.errors import CheckpointError, RunError, UsageError
 from k24.evaluate import load_run
+from k24.inspection import COSTS, inspect_learner
 from k24.learners import PPOConfig, TD3Config, ValueConfig
 from k24.sharing import K24Config, KaleidoscopeConfig
 from k24.train import MetricLog, Progress, default_folder, round_seed, train
@@ -102,8 +103,10 @@ def test_a_run_folder_holds_all_that_was_promised(tmp_path):
     assert all(p.total == BASE.steps and p.steps_per_second > 0 and "return_train" in p.metrics for p in seen)
     assert load_config(result.folder / "config.yaml") == BASE
     assert json.loads((result.folder / "eval.json").read_text()) == result.evaluation
-    assert result.evaluation.keys() == {"return_mean", "return_ci95", "episodes", "steps", "task"}
+    assert result.evaluation.keys() == {"return_mean", "return_ci95", "episodes", "steps", "task", *COSTS}
     assert result.evaluation["episodes"] == 256
+    found = inspect_learner(load_run(result.folder).learner)
+    assert {name: result.evaluation[name] for name in COSTS} == {name: found[name] for name in COSTS}
     assert len(list(result.folder.glob("events.out.tfevents.*"))) == 1
     assert sorted(p.name for p in (result.folder / "checkpoints").iterdir()) == [
         "index.json",

@@ -155,7 +155,7 @@ def inspect_command(arguments: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from k24.inspection import inspect_net, inspect_run, plot_inspection
+    from k24.inspection import inspect_learner, inspect_net, plot_inspection
     from k24.sparse.metrics import most_bits
 
     if is_policy_file(options.run):
@@ -168,7 +168,7 @@ def inspect_command(arguments: list[str]) -> None:
         from k24.evaluate import load_run
 
         run = load_run(options.run)
-        about, steps, found, counted = run.config, run.steps, inspect_run(run), "trained"
+        about, steps, found, counted = run.config, run.steps, inspect_learner(run.learner), "trained"
     console = Console()
     title = f"{about.task}  {about.algo}-{about.sharing}  step {steps:,}"
     console.print(title)

@@ -12,7 +12,7 @@ from k24.errors import UsageError, unknown_name
 from k24.evaluate import EVAL_SEED, build_env, build_learner, load_run, play
 from k24.evaluate import summary as summary_of
 from k24.files import write_atomically
-from k24.inspection import inspect_run
+from k24.inspection import COSTS, costs_of
 from k24.report import markdown, pictures
 from k24.report.latency import latencies
 from k24.report.runs import Grid, make_grid, read_runs
@@ -101,12 +101,13 @@ def _costs(grid: Grid) -> tuple[dict[tuple[str, str], dict[str, float]], list[st
     unknown: list[str] = []
     for cell, runs in grid.runs.items():
         try:
-            inspected = [inspect_run(load_run(run.folder)) for run in runs]
+            # In the evaluation, if this version of k24 trained it; then a checkpoint, which is large, need not have come along.
+            of_runs = [run.evaluation if COSTS[0] in run.evaluation else costs_of(load_run(run.folder).learner) for run in runs]
         except UsageError as error:
             unknown.append(str(error))  # returns can be compared without
             continue
         # What thresholds mask, and into how many clusters agents fall, differs from run to run.
-        found[cell] = {name: round(fmean(float(i[name]) for i in inspected)) for name in ("macs_per_act", "params", "bytes")}
+        found[cell] = {name: round(fmean(float(costs[name]) for costs in of_runs)) for name in COSTS}
     return found, unknown
 
 

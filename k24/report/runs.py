@@ -19,6 +19,7 @@ import yaml
 
 from k24.config import TrainConfig, load_config, to_dict
 from k24.errors import UsageError
+from k24.inspection import COSTS
 from k24.strict import is_number
 
 # Settings that may differ between the methods that are compared on a task: what makes the method, and what does not change what is learned.
@@ -145,8 +146,9 @@ def _read_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / "eval.json"
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
-        wrong = [name for name in ("return_mean", "win_rate", "episodes") if name in found and not is_number(found[name])]
+        wrong = [name for name in ("return_mean", "win_rate", "episodes", *COSTS) if name in found and not is_number(found[name])]
         wrong += [name for name in ("return_mean", "episodes") if name not in found]
+        wrong += [name for name in COSTS if name not in found and not found.keys().isdisjoint(COSTS)]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__}): delete it, and resume the run") from error
     if wrong:

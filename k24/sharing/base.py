@@ -162,7 +162,7 @@ class Sharing(ABC):
         return []
 
     def retired(self) -> list[nn.Parameter]:
-        """Parameters that will never be trained again, as of now."""
+        """Parameters that were trained and never will be again, as of now."""
         return []
 
     def idle(self) -> int:

@@ -267,8 +267,8 @@ class K24(Sharing):
         ]
 
     def retired(self) -> list[nn.Parameter]:
-        """Every alpha, once masks are frozen."""
-        return [layer.alpha for layer in self.masked] if self._frozen else []
+        """Every alpha that learned, once masks are frozen."""
+        return [layer.alpha for layer in self.masked] if self._frozen and self.variant not in ("random", "magnitude") else []
 
     def metrics(self) -> dict[str, float]:
         """Diversity, temperature, and all that the masks show."""
