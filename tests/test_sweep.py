@@ -45,7 +45,7 @@ SHORT = [
 
 def planned(out: Path, *methods: str, rows: list[Row] | None = None, common: list[str] | None = None) -> list[Cell]:
     """Runs on toy/matrix unless told otherwise."""
-    return plan(rows or [Row("toy/matrix", "qmix", 1)], methods, out, common or [], lambda given: read_request(given).config)
+    return plan(rows or [Row("toy/matrix", "qmix", range(1))], methods, out, common or [], lambda given: read_request(given).config)
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------------------
@@ -73,13 +73,13 @@ def test_arguments_of_a_task_do_not_hide_in_a_file(tmp_path):
     save_config(TrainConfig(task="toy/specialisation", env_args=("n_agents=8",)), file)
     common = ["--config", str(file)]
     with pytest.raises(UsageError, match=r"the file of --config has arguments of a task, n_agents=8: write them in --tasks, TASK,name=val"):
-        planned(tmp_path, "k24", rows=[Row("toy/specialisation", "qmix", 1)], common=common)
-    (cell,) = planned(tmp_path, "k24", rows=[Row("toy/specialisation,n_agents=8", "qmix", 1)], common=common)
+        planned(tmp_path, "k24", rows=[Row("toy/specialisation", "qmix", range(1))], common=common)
+    (cell,) = planned(tmp_path, "k24", rows=[Row("toy/specialisation,n_agents=8", "qmix", range(1))], common=common)
     assert cell.config.env_args == ("n_agents=8",)
 
 
 def test_a_grid_is_written_down_run_by_run(tmp_path):
-    rows = [Row(task, algo, 2) for task in ("toy/matrix", "toy/specialisation,n_agents=4") for algo in ("qmix", "ippo")]
+    rows = [Row(task, algo, range(2)) for task in ("toy/matrix", "toy/specialisation,n_agents=4") for algo in ("qmix", "ippo")]
     cells = planned(tmp_path, "k24", "fups_id:hidden=44", rows=rows, common=["--steps", "64", "--envs", "4"])
     assert [str(cell.folder.relative_to(tmp_path)) for cell in cells] == [
         f"{task}/{algo}-{method}/seed{seed}"
@@ -100,14 +100,14 @@ def test_a_grid_is_written_down_run_by_run(tmp_path):
 
 
 def test_every_run_is_what_its_command_line_says(tmp_path):
-    rows = [Row("toy/memory,n_agents=3", "vdn", 2, ("--preset", "epymarl", "--hidden", "16"))]
+    rows = [Row("toy/memory,n_agents=3", "vdn", range(2), ("--preset", "epymarl", "--hidden", "16"))]
     for cell in planned(tmp_path, "k24", "kaleidoscope:double_q=false", rows=rows, common=["--workers", "2"]):
         request = read_request(shlex.split(cell.command)[2:])
         assert request.config == cell.config and request.folder == cell.folder and request.resume and request.quiet
 
 
 def test_the_more_special_setting_counts(tmp_path):
-    rows = [Row("toy/matrix", "qmix", 1, ("--hidden", "16", "--lr", "1e-3", "--steps", "100"))]
+    rows = [Row("toy/matrix", "qmix", range(1), ("--hidden", "16", "--lr", "1e-3", "--steps", "100"))]
     (cell,) = planned(tmp_path, "k24:lr=3e-3", rows=rows, common=["--lr", "2e-3", "--steps", "200"])
     assert (cell.config.hidden, cell.config.steps, cell.config.learner.lr) == (16, 200, 3e-3)
 
@@ -140,7 +140,7 @@ def test_folders_tell_how_far_a_run_is(tmp_path):
 
 
 def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(tmp_path):
-    rows = [Row("toy/specialisation,n_agents=4", "qmix", 1)]
+    rows = [Row("toy/specialisation,n_agents=4", "qmix", range(1))]
     for common in (["--env-args", "x=a/b", "y=1", "--steps", "64"], ["--env-args=x=a/b", "--steps", "64", "--env_args", "y=1"]):
         found = plan(rows, ["k24"], tmp_path, common, lambda given: read_request(given).config)[0].config
         assert (found.env_args, found.steps) == (("n_agents=4", "x=a/b", "y=1"), 64)
@@ -154,6 +154,7 @@ def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(t
         ("--tasks toy/matrix --seeds 0", "seeds (=0) must be at least 1"),
         ("--tasks toy/matrix --jobs 0", "jobs (=0) must be at least 1"),
         ("--tasks toy/matrix --retries -1", "retries (=-1) must be at least 0"),
+        ("--tasks toy/matrix --first-seed -1", "first_seed (=-1) must be at least 0"),
         ("--tasks toy/matrix --seeds two", "--seeds: wants a whole number such as 1000000 or None, got 'two'"),
         ("--tasks toy/matrix toy/matrx", "toy/matrx qmix-k24: unknown task 'toy/matrx': did you mean 'toy/matrix'?"),
         ("--tasks toy/matrix --sharing k24 k25", "toy/matrix qmix-k25: unknown sharing scheme 'k25': did you mean 'k24'?"),
@@ -167,7 +168,7 @@ def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(t
         ("--tasks toy/matrix --sharing k24:hidden", "method 'k24:hidden': 'hidden' is not of the form option=value"),
         ("--tasks toy/matrix --sharing k24:hidden=", "method 'k24:hidden=': 'hidden=' is not of the form option=value"),
         ("--tasks toy/matrix --sharing k24:lr=1,lr=2", "method 'k24:lr=1,lr=2' gives lr twice: leave one of them out"),
-        ("--tasks toy/matrix --sharing k24:seed=3", "method 'k24:seed=3': seed is set by the sweep: use --seeds"),
+        ("--tasks toy/matrix --sharing k24:seed=3", "method 'k24:seed=3': seed is set by the sweep: use --seeds and --first-seed"),
         (
             "--tasks toy/matrix --sharing k24:no_double_q=true",
             "method 'k24:no_double_q=true': write double_q=false, so that the option has",
@@ -217,7 +218,7 @@ def test_arguments_of_a_task_come_from_its_name_and_from_what_is_for_every_run(t
         ),
         ("--tasks toy/memory,n_cues=3 -- --env-args n_cues=4", "task 'toy/memory,n_cues=3' and --env-args both give n_cues: leave one"),
         ("--tasks toy/memory,map=a/b", "task 'toy/memory,map=a/b': a value with a / can be no part of a folder's name: give it after --"),
-        ("--tasks toy/matrix -- --seed 3", "after --: seed is set by the sweep: use --seeds"),
+        ("--tasks toy/matrix -- --seed 3", "after --: seed is set by the sweep: use --seeds and --first-seed"),
         ("--tasks toy/matrix -- --out=there", "after --: out is set by the sweep: use --out of the sweep"),
         ("--tasks toy/matrix -- --help", "after --: help is set by the sweep: use 'k24 train --help'"),
         ("--tasks toy/matrix -- --steps 0", "toy/matrix qmix-k24: steps (=0) must be at least 1"),
@@ -251,6 +252,18 @@ def test_the_learner_is_that_of_the_preset_and_what_changes_nothing_is_said_once
     assert sum("--algo qmix " in line for line in lines) == 6
 
 
+def test_seeds_that_no_setting_was_chosen_with(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for asked, seeds in (
+        (("--tasks", "toy/matrix", "--seeds", "2", "--first-seed", "3"), [3, 4]),
+        (("--suite", "hetero", "--tasks", "vmas/dispersion", "--sharing", "k24", "--first-seed", "3"), [3, 4, 5]),
+    ):
+        assert main(["sweep", *asked, "--dry-run"]) == 0
+        *lines, _ = capfd.readouterr().out.splitlines()
+        assert [int(line.partition("--seed ")[2].split()[0]) for line in lines] == seeds
+        assert all(f"seed{seed} " in line for line, seed in zip(lines, seeds, strict=True))
+
+
 def test_without_ray_one_line_says_what_to_install(capfd, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
@@ -281,7 +294,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(capfd, tmp_path, monkeypatch
 
 def test_every_run_of_every_suite_is_a_valid_one(tmp_path):
     for methods, tasks in SUITES.values():
-        rows = [Row(task.task, task.algo, task.seeds, tuple(shlex.split(task.settings))) for task in tasks]
+        rows = [Row(task.task, task.algo, range(task.seeds), tuple(shlex.split(task.settings))) for task in tasks]
         cells = planned(tmp_path, *methods, rows=rows)
         assert len(cells) == sum(task.seeds for task in tasks) * len(methods)
         assert all(task.seeds >= 3 and task.note for task in tasks)
@@ -310,7 +323,7 @@ def test_a_suite_can_be_cut_down(capfd, tmp_path, monkeypatch):
 
 def statuses(out: Path) -> list[Status]:
     """One run in each state."""
-    rows = [Row("toy/matrix", "qmix", 2), Row("toy/memory", "qmix", 2)]
+    rows = [Row("toy/matrix", "qmix", range(2)), Row("toy/memory", "qmix", range(2))]
     found = [Status(cell) for cell in planned(out, "k24", rows=rows, common=["--steps", "1000"])]
     found[0].state, found[0].value = "finished", 1.0
     found[1].state, found[1].steps, found[1].rate, found[1].value = "running", 250, 1234.5, 0.5
@@ -464,7 +477,7 @@ def test_a_sweep_and_what_it_does_when_asked_again(ray_is_up, capfd, tmp_path, m
     found = last_json(out)
     assert found.pop("seconds") > 0
     assert found == {"runs": 4, "finished": 4, "skipped": 0, "failed": 0}
-    cells = planned(Path("out"), *methods, rows=[Row("toy/matrix", "qmix", 2)], common=SHORT)
+    cells = planned(Path("out"), *methods, rows=[Row("toy/matrix", "qmix", range(2))], common=SHORT)
     for cell in cells:
         assert f"finished {cell.name}  return " in out and cell.state == "finished"
         assert_same_run(alone(cell, tmp_path / "alone" / cell.name), cell.folder)
@@ -545,7 +558,8 @@ def test_a_crash_and_a_kill_stop_no_other_run(ray_is_up, capfd, shaky):
     command = ["sweep", "--tasks", "shaky:broken", "shaky:fragile", "--seeds", "1", "--jobs", "1", "--out", "out", "--", *SEVERAL]
     assert main(command) == 1
     out, err = capfd.readouterr()
-    broken, fragile = planned(Path("out"), "k24", rows=[Row(f"shaky:{name}", "qmix", 1) for name in ("broken", "fragile")], common=SEVERAL)
+    rows = [Row(f"shaky:{name}", "qmix", range(1)) for name in ("broken", "fragile")]
+    broken, fragile = planned(Path("out"), "k24", rows=rows, common=SEVERAL)
     reason = f"exit status 1: shaky:broken: step: ValueError: the bridge is out ({shaky}/shaky.py:"
     lines = [line.partition(": ") for line in out.splitlines() if line.startswith("failed")]
     assert [line[0] for line in lines] == [
@@ -591,7 +605,7 @@ def test_a_killed_sweep_leaves_nothing_running_and_goes_on(ray_is_up, capfd, sha
     """SIGKILL of the whole sweep, then Ctrl-C, then the same command to the end."""
     options = [*SEVERAL, "--steps", "800"]
     command = ["sweep", "--tasks", "shaky:slow", "--seeds", "1", "--jobs", "1", "--out", "out", "--", *options]
-    (cell,) = planned(Path("out"), "k24", rows=[Row("shaky:slow", "qmix", 1)], common=options)
+    (cell,) = planned(Path("out"), "k24", rows=[Row("shaky:slow", "qmix", range(1))], common=options)
     log = Path(f"{cell.folder}.log")
     sweep: Any = subprocess.Popen([sys.executable, "-m", "k24", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:

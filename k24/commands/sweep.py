@@ -42,7 +42,9 @@ class SweepOptions:
     algo: tuple[str, ...] = ()
     """Learners; qmix, or what the suite or the preset says."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Seeds 0 to N-1 of each; 5, or what the suite says."""
+    """How many seeds of each; 5, or what the suite says."""
+    first_seed: Annotated[int, tyro.conf.arg(metavar="K")] = 0
+    """Seeds are K, K+1, …: other ones than those that settings were chosen with."""
     suite: str | None = None
     """Tasks with learners, settings and seeds that are written down: hetero, agents or ablation."""
     out: Path = Path("results")
@@ -58,9 +60,14 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         """Checks counts."""
-        for name, value, least in (("seeds", self.seeds, 1), ("jobs", self.jobs, 1), ("retries", self.retries, 0)):
+        counts = (("seeds", self.seeds, 1), ("first_seed", self.first_seed, 0), ("jobs", self.jobs, 1), ("retries", self.retries, 0))
+        for name, value, least in counts:
             if value is not None and value < least:
                 raise UsageError(f"{name} (={value}) must be at least {least}")
+
+    def seeds_of(self, usual: int) -> range:
+        """Seeds of a task that usually has so many."""
+        return range(self.first_seed, self.first_seed + (self.seeds or usual))
 
 
 def sweep_command(arguments: list[str]) -> None:
@@ -117,7 +124,7 @@ def _rows(options: SweepOptions, common: Sequence[str]) -> list[Row]:
     if options.suite is None:
         if not options.tasks:
             raise UsageError("no task given: name some with --tasks ('k24 tasks' lists them), or a --suite")
-        seeds = options.seeds or SEEDS
+        seeds = options.seeds_of(SEEDS)
         return [Row(task, algo, seeds) for task in options.tasks for algo in options.algo or (_algo_of(common),)]
     if options.suite not in SUITES:
         raise unknown_name("suite", options.suite, SUITES)
@@ -131,7 +138,7 @@ def _rows(options: SweepOptions, common: Sequence[str]) -> list[Row]:
         if not any(task in _names(row.task) for row in suite):
             raise unknown_name(f"task of suite {options.suite}", task, [row.task for row in suite])
     return [
-        Row(row.task, row.algo, options.seeds or row.seeds, tuple(shlex.split(row.settings)))
+        Row(row.task, row.algo, options.seeds_of(row.seeds), tuple(shlex.split(row.settings)))
         for row in suite
         if not options.tasks or any(task in _names(row.task) for task in options.tasks)
     ]

@@ -35,7 +35,7 @@ TAKEN = {
     "task": "--tasks",
     "algo": "--algo",
     "sharing": "--sharing",
-    "seed": "--seeds",
+    "seed": "--seeds and --first-seed",
     "out": "--out of the sweep",
     "preset": "--preset after --, for every run",
     "config": "--config after --, for every run",
@@ -112,13 +112,13 @@ class Row:
     Attributes:
         task: ``TASK`` or ``TASK,name=value,…``.
         algo: Learner.
-        seeds: How many, from 0.
+        seeds: Which.
         settings: Further arguments of ``k24 train``.
     """
 
     task: str
     algo: str
-    seeds: int
+    seeds: range
     settings: tuple[str, ...] = ()
 
 
@@ -196,7 +196,7 @@ def plan(
             if theirs == effective and other != folder.name:
                 raise UsageError(f"{row.task} {folder.name} is {other} by another name, with the same settings: leave one of them out")
         settled[row][folder.name] = effective
-        for seed in range(row.seeds):
+        for seed in row.seeds:
             mine = folder / f"seed{seed}"
             if mine in found:
                 raise UsageError(f"{row.task} {folder.name} is asked for twice: leave one of them out")
