@@ -163,11 +163,14 @@ void run_mixed(const k24_net& net, const float* x, const float* h, float* y, flo
 // Whether sizes fit each other and codes are codes: from here on they are indices.
 bool sound(int64_t slots, int64_t n_layers, const k24_layer* layers) {
   if (slots < 1 || n_layers < 1) return false;
+  int grus = 0;
   for (int64_t i = 0; i < n_layers; ++i) {
     const k24_layer& layer = layers[i];
     const auto fits = [&](int64_t n) { return n == 1 || n == slots; };
     if (layer.out < 1 || layer.in < 1 || !fits(layer.weight_slots) || !fits(layer.bias_slots)) return false;
     const bool first = layer.role == K24_GRU_INPUT, second = layer.role == K24_GRU_RECURRENT;
+    if (!first && !second && layer.role != K24_LINEAR) return false;
+    if (first && ++grus > 1) return false;  // a net has one state
     if (first && (i + 1 == n_layers || layers[i + 1].role != K24_GRU_RECURRENT || layers[i + 1].out != layer.out)) return false;
     if (second && (i == 0 || layers[i - 1].role != K24_GRU_INPUT || layer.out != 3 * layer.in)) return false;
     if (i > 0 && !second) {  // takes what the layer before it gives

@@ -28,7 +28,7 @@ typedef struct {
   int32_t role;  // see k24_role
 } k24_layer;
 
-enum k24_role { K24_LINEAR = 0, K24_GRU_INPUT = 1, K24_GRU_RECURRENT = 2 };  // an input is followed by its recurrent layer
+enum k24_role { K24_LINEAR = 0, K24_GRU_INPUT = 1, K24_GRU_RECURRENT = 2 };  // an input is followed by its recurrent layer; one pair at most
 enum k24_layout {
   K24_PACKED = 0,  // the kept weights of each slot, packed: fastest nearly always, half a dense weight per slot
   K24_SHARED = 1   // one dense weight and a bit per weight and slot: smallest

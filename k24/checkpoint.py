@@ -77,7 +77,7 @@ def _name_in_index(folder: Path, path: Path, steps: int, digest: str, keep: int)
     entries.append({"file": path.name, "steps": steps, "sha256": digest})
     write_atomically(folder / "index.json", json.dumps(entries[-keep:], indent=1).encode())
     kept = {e["file"] for e in entries[-keep:]}
-    for old in folder.glob("step_*.pt*"):
+    for old in (*folder.glob("step_*.pt*"), *folder.glob("index.json*.tmp")):
         if old.name not in kept:
             old.unlink(missing_ok=True)
 
@@ -106,27 +106,35 @@ def load_checkpoint(folder: Path, device: torch.device | str = "cpu", mapped: bo
     before = (
         f"delete it to go on from {entries[-2]['file']}" if len(entries) > 1 else "there is no earlier one: start over with another --out"
     )
-    with open(path, "rb") as file:
-        same = hashlib.file_digest(file, "sha256").hexdigest() == digest
-    if not same:
-        raise CheckpointError(f"checkpoint {path} is damaged or cut short ({path.stat().st_size} bytes, its checksum differs): {before}")
     try:
+        with open(path, "rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == digest
+        if not same:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged or cut short ({path.stat().st_size} bytes, its checksum differs): {before}"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one error is enough for a file that is none of ours
             content = torch.load(path, map_location=device, weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        if _read_index(folder) != written:
+            return load_checkpoint(folder, device, mapped)  # a training has saved since, and removed it
+        raise CheckpointError(f"checkpoint {path} is gone: {before}") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"checkpoint {path} is none of ours, or holds more than tensors and plain values (none of it was run): {before}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({' '.join(str(error).split())[:120]}): {before}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if type(found) is not type(FORMAT) or found != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {found}, this k24 reads format {FORMAT}: use the k24 version that wrote it, or start over"
         )
     steps, state = content.get("steps"), content.get("state")
-    if not isinstance(steps, int) or not isinstance(state, dict):
+    if type(steps) is not int or not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {path} holds no run: {before}")
     return steps, state
 

@@ -95,7 +95,7 @@ def net_of(agent_net: AgentNet) -> Net:
 
 
 def export_run(folder: Path, out: Path, dtype: str = "fp32", onnx: Path | None = None) -> Exported:
-    """Writes the newest policy of a run; all files that are asked for, or none.
+    """Writes the newest policy of a run; files take their names once all are written.
 
     Args:
         folder: Run folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -13,12 +14,13 @@ from typing import BinaryIO
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that replaces ``path`` once all is written; if that fails, ``path`` stays as it was.
 
-    The contents go to a temporary file beside it, are flushed to disk, and only then take its name.
+    The contents go to a temporary file beside it (``<name>.<thread>.tmp``, so that two writers do not meet), are flushed to disk, and only
+    then take its name.
 
     Raises:
         OSError: The file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{threading.get_native_id()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -85,35 +85,35 @@ def inspect_net(net: Net, n_agents: int | None = None) -> dict[str, Any]:
         ``layers`` (name, sparsity per layer), ``distance`` (``[A, A]``), ``pattern_usage``.
     """
     masks = [_kept(layer) for layer in net.linears]
-    everyones = [mask.expand(net.n_slots, -1, -1) for mask in masks]
     coded = [layer for layer in net.linears if layer.codes is not None]
     # As in training, layers that are dense by design say nothing of how sparse masks are, nor what agents share of how far apart they are.
     # Where there are no patterns, masked layers are those that have weights of their own for each slot.
     with_masks = [layer.codes is not None or (not coded and len(mask) > 1) for mask, layer in zip(masks, net.linears, strict=True)]
-    counted = [mask for mask, masked in zip(masks, with_masks, strict=True) if masked] or everyones
-    own = [mask for mask, masked in zip(masks, with_masks, strict=True) if masked and len(mask) > 1] or everyones
-    distance = mask_distance(own)
+    counted = [mask for mask, masked in zip(masks, with_masks, strict=True) if masked] or masks
+    own = [mask for mask, masked in zip(masks, with_masks, strict=True) if masked and len(mask) > 1]
+    # Layers that all slots share are looked at once: expanded, they would take as much memory as a network for each slot.
+    distance = mask_distance(own) if own else torch.zeros(net.n_slots, net.n_slots)
     result: dict[str, Any] = {
         "overall_sparsity": 1 - float(sum(m.sum() for m in counted)) / sum(m.numel() for m in counted),
         "pattern_entropy": None,
         "mask_hamming": float(off_diagonal(distance).mean()),
         "params": sum(_stored_weights(layer)[0] + _stored(layer.bias)[0] for layer in net.linears),
-        "macs_per_act": round(sum(int(mask.sum(dtype=torch.float64)) for mask in everyones) * (n_agents or net.n_slots) / net.n_slots),
+        "macs_per_act": round(
+            sum(int(m.sum(dtype=torch.float64)) * net.n_slots // len(m) for m in masks) * (n_agents or net.n_slots) / net.n_slots
+        ),
         "bytes": deployed_bytes(net.linears),
         "layers": {name: 1 - float(mask.mean()) for name, mask in zip(layer_names(net), masks, strict=True)},
         "distance": distance.tolist(),
         "pattern_usage": None,
     }
     if coded:
-        # Groups that padding leaves no choice say nothing about choices.
-        codes = [c.codes[..., : c.patterns.free_groups(c.in_features)] for c in coded if c.codes is not None]
-        usage = pattern_usage(codes, coded[0].patterns.n_patterns)
         never = [float((m.sum(0) == 0).sum()) for m in counted]
-        result |= {
-            "pattern_entropy": entropy_bits(usage),
-            "pattern_usage": usage.tolist(),
-            "dead_weight_frac": sum(never) / sum(m[0].numel() for m in counted),
-        }
+        result["dead_weight_frac"] = sum(never) / sum(m[0].numel() for m in counted)
+        # Groups that padding leaves no choice say nothing about choices; nor does a code without its N:M.
+        codes = [c.codes[..., : c.patterns.free_groups(c.in_features)] for c in coded if c.codes is not None]
+        if len({layer.patterns for layer in coded}) == 1 and any(c.numel() for c in codes):
+            usage = pattern_usage(codes, coded[0].patterns.n_patterns)
+            result |= {"pattern_entropy": entropy_bits(usage), "pattern_usage": usage.tolist()}
     return result
 
 
@@ -176,7 +176,7 @@ def plot_inspection(found: dict[str, Any], path: Path, title: str) -> None:
         axis.set_ylim(0, 1.25 * max(*usage, 1 / len(usage)))
         if len(usage) <= 12:
             axis.set_xticks(range(len(usage)))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     _save(figure, path)
 
 
@@ -229,7 +229,8 @@ def plot_curve(points: Sequence[tuple[int, float]], path: Path, title: str, leve
     axis.plot([s for s, _ in points], [r for _, r in points], color="#0072B2", linewidth=2, label="evaluation, deployed masks")
     for name, value in (levels or {}).items():
         axis.axhline(value, color="#888888", linestyle="--", linewidth=1, label=name)
-    axis.set(xlabel="environment steps", ylabel="return (sum over agents and steps)", title=title)
+    axis.set(xlabel="environment steps", ylabel="return (sum over agents and steps)")
+    axis.set_title(title, parse_math=False)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     _save(figure, path)

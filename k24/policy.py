@@ -52,6 +52,13 @@ def load_policy(
     return Policy(net.to(where), spec, backend, threads, source=(Path(path).absolute(), digest))
 
 
+def _load_again(path: Path, digest: str, device: torch.device, backend: str, threads: int | None) -> Policy:
+    """A copy of a policy, from its file; refused if that is another one by now."""
+    copy = load_policy(path, device, backend, threads)
+    copy._require_source(digest)
+    return copy
+
+
 class Policy:
     """A net that acts. It keeps what its backend runs, and of the net as it is in the file no more than the backend keeps.
 
@@ -97,7 +104,7 @@ class Policy:
         """Another process loads the file again, or takes the net along where there is no file."""
         if self._source is None:
             return Policy, (self.net, self.spec, self._backend, self._threads)
-        return load_policy, (self._source[0], self.device, self._backend, self._threads)
+        return _load_again, (*self._source, self.device, self._backend, self._threads)
 
     @property
     def backend(self) -> str:
@@ -121,12 +128,15 @@ class Policy:
         net = self._kept_net()
         if net is None:
             assert self._source is not None
-            path, digest = self._source
-            net, _, found = read_policy(path)
-            if found != digest:
-                raise PolicyFileError(f"policy file {str(path)!r} is another one than was loaded: load it again")
+            net, _, found = read_policy(self._source[0])
+            self._require_source(found)
             net = net.to(self.device)
         return net
+
+    def _require_source(self, digest: str) -> None:
+        """Refuses a file that has become another one."""
+        if self._source is not None and self._source[1] != digest:
+            raise PolicyFileError(f"policy file {str(self._source[0])!r} is another one than was loaded: load it again")
 
     def _kept_net(self) -> Net | None:
         """The net if it is in memory. A backend that does not need it keeps its shapes alone, on torch's device ``meta``."""

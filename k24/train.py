@@ -127,8 +127,13 @@ def check_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
             raise UsageError(
                 f"{folder} was started with {name}={old}, now it is {new}: resume with the same settings, or choose another --out"
             )
-    elif held != {"config.yaml.tmp"}:
+    elif not all(is_half_begun(name) for name in held):
         raise UsageError(f"{folder} is not empty and holds no config.yaml: choose another --out")
+
+
+def is_half_begun(name: str) -> bool:
+    """Whether a file in a run folder is the configuration of a run that was killed while it wrote that."""
+    return name.startswith("config.yaml.") and name.endswith(".tmp")
 
 
 def prepare_folder(config: TrainConfig, folder: Path, resume: bool) -> None:
@@ -194,10 +199,14 @@ def _train(
     eval_env = build_env(config, config.eval_episodes, device)
     try:
         learner = build_learner(config, env.spec, env.device)
-        prepare_folder(config, folder, resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
         with hold_folder(folder) as mine:
             if not mine:
                 raise UsageError(f"another process trains in {folder}: wait for its end, stop it, or choose another --out")
+            prepare_folder(config, folder, resume)  # only now, or it would be another one's that began at the same moment
             return _rounds(config, folder, learner, env, eval_env, resume, on_progress, should_stop)
     finally:
         env.close()

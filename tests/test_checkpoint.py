@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,29 @@ def test_leftovers_of_a_kill_are_ignored_and_removed(two):
     save_checkpoint(two, 40, _state(40))
     assert _names(two) == ["index.json", "step_000000000020.pt", "step_000000000040.pt"]
     assert _value(two) == 40
+
+
+def test_a_reader_that_a_training_overtakes(two, monkeypatch):
+    """A finished run keeps its last checkpoint alone; whoever was reading the one before gets that one."""
+    real = torch.load
+
+    def overtaken(*args, **kwargs):
+        monkeypatch.undo()
+        save_checkpoint(two, 40, _state(40), keep=1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", overtaken)
+    assert _value(two) == 40
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(1) as other, files.atomic_file(path) as mine:
+        mine.write(b"a" * 100)
+        other.submit(files.write_atomically, path, b"b" * 50).result()
+        assert path.read_bytes() == b"b" * 50
+        mine.write(b"a" * 100)
+    assert path.read_bytes() == b"a" * 200 and [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "open"])

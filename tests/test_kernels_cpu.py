@@ -346,6 +346,7 @@ def test_outputs_depend_on_nothing_but_their_own_row(isa: str, common: str) -> N
         ({"code_slots": 3}, 3 + 1),
         ({"role": 1}, 2),
         ({"role": 2}, 2),
+        ({"role": 7}, 2),
         ({"codes": 6}, 2),
     ],
 )
@@ -367,6 +368,24 @@ def test_the_library_itself_refuses_what_does_not_fit(change: dict, slots: int) 
     assert handle
     x, y = torch.zeros(3, 8), torch.zeros(3, 4)
     assert library.k24_run(handle, x.data_ptr(), None, y.data_ptr(), None, 3, None, 1) == -1  # three rows of two slots
+    library.k24_free(handle)
+
+
+@kernels
+def test_the_library_itself_refuses_two_states() -> None:
+    library = cpu._library()
+    assert not isinstance(library, str)
+    values = torch.zeros(3 * 64 * 64)
+
+    def layer(role: int, wide: int, deep: int) -> cpu._Layer:
+        return cpu._Layer(values.data_ptr(), None, values.data_ptr(), 1, 0, 1, wide, deep, 0, role)
+
+    def made(*layers: cpu._Layer) -> int | None:
+        return library.k24_create(cpu.ISAS[str(cpu.best_isa())], 1, len(layers), (cpu._Layer * len(layers))(*layers), 0, 0)
+
+    first, second = (layer(1, 192, 64), layer(2, 192, 64)), (layer(1, 24, 64), layer(2, 24, 8))
+    handle = made(*first)
+    assert handle and made(*second) and made(*first, *second) is None
     library.k24_free(handle)
 
 

@@ -56,7 +56,7 @@ LAYERS: dict[str, set[str]] = {
     "suites": set(),
     "sweep": {"strict", "envs", "config", "checkpoint", "evaluate", "train"},
     "commands": {
-        *("sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
+        *("allocator", "sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
         *("export", "evaluate", "inspection", "train", "bench", "suites", "sweep", "report"),
     },
     "cli": {"commands"},

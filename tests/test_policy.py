@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import weakref
@@ -23,7 +25,7 @@ import k24
 from k24 import artifact, kernels
 from k24.actions import KINDS, StochasticKind
 from k24.artifact import stores_kept_alone
-from k24.errors import UsageError
+from k24.errors import PolicyFileError, UsageError
 from k24.kernels import GRU, Linear, Net
 from k24.kernels.net import Prepared
 from k24.kernels.reference import run as reference
@@ -731,6 +733,20 @@ def test_a_policy_goes_to_other_processes(saved, tmp_path) -> None:
         assert torch.equal(again.outputs(obs)[0], wanted)
         assert again.spec == policy.spec and again.backend == "dense"
     assert len(pickle.dumps(loaded)) < 1000
+    sent = pickle.dumps(loaded)
+    with torch.no_grad():
+        net.linears[0].bias.add_(1)
+    save_policy(path, net, loaded.spec)
+    for again in (lambda: pickle.loads(sent), lambda: copy.deepcopy(loaded)):
+        with pytest.raises(PolicyFileError, match="is another one than was loaded: load it again"):
+            again()
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2.5, "2", 2**31])
+def test_a_number_of_threads_that_is_none(saved, threads) -> None:
+    for backend in ("auto", "dense"):
+        with pytest.raises(UsageError, match=re.escape(f"threads (={threads}) must be a whole number from 1 on")):
+            load_policy(saved[0], backend=backend, threads=threads)
 
 
 def test_observations_in_bfloat16_keep_their_type_with_agent_ids() -> None:

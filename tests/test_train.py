@@ -21,6 +21,7 @@ from k24.envs import Observation, Step, make_env
 from k24.envs.base import TeamEnv
 from k24.errors import CheckpointError, RunError, UsageError
 from k24.evaluate import load_run
+from k24.files import hold_folder
 from k24.inspection import COSTS, inspect_learner
 from k24.learners import PPOConfig, TD3Config, ValueConfig
 from k24.sharing import K24Config, KaleidoscopeConfig
@@ -93,6 +94,15 @@ def whole(tmp_path_factory) -> Path:
 
 
 # --- what a run leaves behind --------------------------------------------------------------------------------------------------
+
+
+def test_whoever_comes_second_writes_nothing(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with hold_folder(folder) as mine, pytest.raises(UsageError, match="another process trains in"):
+        assert mine
+        train(BASE, folder)
+    assert not list(folder.iterdir())
 
 
 def test_a_run_folder_holds_all_that_was_promised(tmp_path):

@@ -56,6 +56,7 @@ def eval_command(arguments: list[str]) -> None:
     )
     import torch
 
+    from k24.allocator import told_when_memory_is_short
     from k24.evaluate import EVAL_SEED, open_policy, open_run, play, record_gif, resolve_device, summary
 
     if options.episodes < 1:
@@ -75,8 +76,8 @@ def eval_command(arguments: list[str]) -> None:
             raise UsageError(f"{given} needs a policy file: {options.run} is a run, export it with 'k24 export' first")
         phase: Any = {"argmax": "deploy", "sampled": "sampled", "expected": "act"}[options.masks]
         player = open_run(options.run, device, phase, options.random, options.sample, options.seed)
-    env = player.make_env(min(options.episodes, 64))
-    with torch.random.fork_rng(devices=[]):
+    with told_when_memory_is_short("play fewer --episodes, or shorter ones"), torch.random.fork_rng(devices=[]):
+        env = player.make_env(min(options.episodes, 64))
         torch.manual_seed(options.seed)
         seed = EVAL_SEED + options.seed * 1000
         found = summary(play(player.actor, env, options.episodes, seed))
@@ -169,7 +170,7 @@ def inspect_command(arguments: list[str]) -> None:
 
         run = load_run(options.run)
         about, steps, found, counted = run.config, run.steps, inspect_learner(run.learner), "trained"
-    console = Console()
+    console = Console(markup=False)
     title = f"{about.task}  {about.algo}-{about.sharing}  step {steps:,}"
     console.print(title)
     table = Table()

@@ -1,7 +1,8 @@
 """One function, several backends: run a net of masked layers, fast.
 
 ``prepare(net, "cpu")`` brings a :class:`~k24.kernels.net.Net` into the form that a backend runs; calling the result runs it. All backends
-compute what ``reference`` computes. ``prepare(net, "auto")`` times those that can run here and keeps the fastest.
+compute what ``reference`` computes; where an input is infinite or NaN, they may differ in which outputs it spoils. ``prepare(net, "auto")``
+times those that can run here and keeps the fastest.
 
 Backends load what they need (a shared library, a compiler) when they are asked for and not before.
 """
@@ -58,8 +59,10 @@ def prepare(net: Net, backend: str = "auto", threads: int | None = None) -> Prep
         threads: CPU threads of backends that have their own; as many as torch uses when None.
 
     Raises:
-        UsageError: There is no such backend, or it cannot run this net here; the message says why.
+        UsageError: There is no such backend, or it cannot run this net here; the message says why. Or the number of threads is none.
     """
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads < 2**31):
+        raise UsageError(f"threads (={threads}) must be a whole number from 1 on, or None for as many as torch uses")
     if backend == "auto":
         candidates = dispatch.CANDIDATES.get(net.device.type, ())
         available = tuple(name for name in candidates if BACKENDS[name].unavailable(net) is None)

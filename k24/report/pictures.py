@@ -72,7 +72,8 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
                 axis.fill_between(steps, low, high, color=colour[method], alpha=0.15, linewidth=0)
             if name.endswith("_eval") and summary["tasks"][task]["random"] is not None:
                 axis.axhline(summary["tasks"][task]["random"], color="#888888", linestyle="--", linewidth=1, label="random play")
-            axis.set(xlabel="environment steps", ylabel=label, title=f"{task}, {len(grid.runs[order[0], task])} seeds")
+            axis.set(xlabel="environment steps", ylabel=label)
+            axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds", parse_math=False)
             _finish(axis, len(curves))
             save(figure, f"{task}: {label}", f"{task}-{name}")
 
@@ -121,7 +122,8 @@ def draw(grid: Grid, summary: dict[str, Any], scores: dict[str, Scores], out: Pa
                 }
                 axis.errorbar(cost, value, error, **shown)
             axis.set(xlabel=label.format(envs=summary["latency_envs"]), ylabel=LABELS[summary["metric"]] + SCORED[summary["score"]])
-            axis.set_title(f"{task}, {len(grid.runs[order[0], task])} seeds; grey: nothing is both cheaper and better", fontsize=10)
+            title = f"{task}, {len(grid.runs[order[0], task])} seeds; grey: nothing is both cheaper and better"
+            axis.set_title(title, fontsize=10, parse_math=False)
             axis.ticklabel_format(axis="x", style="plain")
             axis.margins(x=0.15)
             _finish(axis, len(order))

@@ -26,7 +26,7 @@ from k24.envs import EnvSpec
 from k24.errors import UsageError
 from k24.evaluate import build_env, build_learner, pinned, resolve_device
 from k24.strict import is_number
-from k24.train import MAY_DIFFER, prepare_folder
+from k24.train import MAY_DIFFER, is_half_begun, prepare_folder
 
 State = Literal["new", "unfinished", "finished"]
 
@@ -291,7 +291,7 @@ def _require_named_arguments(row: Row, arguments: Sequence[str], config: TrainCo
 def _state(config: TrainConfig, folder: Path) -> State:
     """How far a run is, which may also be none of ours."""
     try:
-        begun = any(path.name != "config.yaml.tmp" for path in folder.iterdir())
+        begun = any(not is_half_begun(path.name) for path in folder.iterdir())
     except FileNotFoundError:
         return "new"
     except OSError as error:
