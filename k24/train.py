@@ -179,7 +179,7 @@ def train(
     """
     if not config.task:
         raise UsageError("no task given: 'k24 tasks' lists them, for example mpe/simple_spread")
-    with told_when_memory_is_short("use less of buffer_size, batch_size, envs, eval_episodes or hidden"):
+    with told_when_memory_is_short("use less of buffer_size, batch_size, envs, eval_episodes or hidden, or shorter episodes"):
         return _train(config, folder, resume, on_progress, should_stop)
 
 

@@ -68,6 +68,7 @@ def test_every_extra_of_a_suite_is_one_of_the_package():
         ("toy/memory", {"n_cue": 3}, "unknown option of toy/memory 'n_cue': did you mean 'n_cues'?"),
         ("toy/memory", {"n_cues": 1}, "toy/memory: n_cues must be at least 2, got 1"),
         ("toy/memory", {"max_steps": 0}, "toy/memory: max_steps must be a whole number of at least 1, got 0"),
+        ("toy/memory", {"max_steps": 10**20}, "toy/memory: max_steps must be less than 2**31, got 100000000000000000000"),
         ("toy/memory", {"max_steps": True}, "toy/memory: max_steps must be a whole number of at least 1, got True"),
         ("toy/memory", {"task": 3}, "unknown option of toy/memory 'task': it is set for every task alike, outside the task's options"),
         ("toy/matrix", {"n_envs": 0}, "toy/matrix: n_envs must be a whole number of at least 1, got 0"),

@@ -113,6 +113,8 @@ def make_env(task: str, /, n_envs: int, device: str | torch.device = "cpu", work
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UsageError(f"{task}: {name} must be a whole number of at least {least}, got {value!r}")
+        if value >= 2**31:
+            raise UsageError(f"{task}: {name} must be less than 2**31, got {value!r}")
     lacking = _lacking(suite, module)
     if lacking is not None:
         raise UsageError(f"{task} {lacking}")
