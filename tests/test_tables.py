@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import tarfile
 from pathlib import Path
 
 import pytest
+
+from k24.inspection import COSTS
+from k24.report.runs import make_grid, read_runs
+from k24.report.summary import values_of
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -73,6 +78,33 @@ def test_results_have_what_the_reports_say() -> None:
     assert len(TABLES["TABLE"].findall(page)) == 9
     assert len(TABLES["SUMMARISED"].findall(page)) == 1
     assert filled(page) == page, "run python docs/_tables.py"
+
+
+@pytest.mark.parametrize("archive", sorted(DOCS.glob("reports/*/runs.tar.xz")), ids=lambda path: path.parent.name)
+def test_runs_that_are_kept_make_their_report(archive: Path, tmp_path: Path) -> None:
+    with tarfile.open(archive) as kept:
+        kept.extractall(tmp_path, filter="data")
+    said = json.loads((archive.parent / "report.json").read_text(encoding="utf-8"))
+    grid = make_grid(*read_runs([tmp_path]))
+    values = values_of(grid, said["metric"], said["score"])
+    assert {task: set(found["methods"]) for task, found in said["tasks"].items()} == {task: set(grid.methods) for task in grid.tasks}
+    for (method, task), runs in grid.runs.items():
+        found = said["tasks"][task]["methods"][method]
+        assert values[method, task].tolist() == found["each"]
+        assert [found[name] for name in COSTS] == [round(sum(run.evaluation[name] for run in runs) / len(runs)) for name in COSTS]
+
+
+def test_the_same_runs_make_the_same_archive(tmp_path: Path) -> None:
+    for name in ("qmix-k24/seed0", "qmix-k24/seed1"):
+        (tmp_path / "memory" / name).mkdir(parents=True)
+        for kind in ("config.yaml", "eval.json", "metrics.jsonl", "events.out"):
+            (tmp_path / "memory" / name / kind).write_text(name)
+    (tmp_path / "memory/qmix-k24/seed1/eval.json").unlink()
+    packed = runpy.run_path(str(DOCS / "_runs.py"))["pack"]([tmp_path / "memory"])
+    (tmp_path / "runs.tar.xz").write_bytes(packed)
+    with tarfile.open(tmp_path / "runs.tar.xz") as kept:
+        assert kept.getnames() == [f"memory/qmix-k24/seed0/{name}" for name in ("config.yaml", "eval.json", "metrics.jsonl")]
+    assert runpy.run_path(str(DOCS / "_runs.py"))["pack"]([tmp_path / "memory"]) == packed
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/results.md"])
