@@ -149,10 +149,14 @@ class TrainConfig:
             if name in result:
                 raise UsageError(f"env_args gives {name} twice: leave one of them out")
             try:
-                result[name] = yaml.safe_load(value)
+                result[name] = float(value) if _EXPONENT.fullmatch(value.strip()) else yaml.safe_load(value)
             except (yaml.YAMLError, ValueError, RecursionError) as error:
                 raise UsageError(f"env_args {item!r} holds no value that can be read: put text in quotes, name='\"text\"'") from error
         return result
+
+
+# YAML 1.1 takes 5e-4 for text, because it has no dot, and 1.0e3, because it has no sign.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def _require_finite(config: Any) -> None:
@@ -374,6 +378,8 @@ def _read(value: Any, hint: Any, where: str) -> Any:
             return None
         return _read(value, next(a for a in args if a is not type(None)), where)
     if origin is Literal:
+        if isinstance(value, bool) and {"yes", "no"} <= set(args):
+            value = "yes" if value else "no"  # which YAML 1.1 takes for truth values
         if value not in args:
             raise UsageError(f"{where} is {value!r}, expected one of {', '.join(map(str, args))}")
         return value
@@ -383,8 +389,8 @@ def _read(value: Any, hint: Any, where: str) -> Any:
         return tuple(_read(v, args[0], where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
-        return float(value)  # YAML 1.1 takes 5e-4 for text, because it has no dot
+    if hint is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UsageError(f"{where} is {value!r}, expected {hint.__name__}")
     return value

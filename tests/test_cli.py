@@ -384,6 +384,10 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path, arguments):
         ("train toy/matrix --kaleidoscope.div-coef x", "--kaleidoscope.div-coef: wants a number, got 'x'"),
         ("train toy/matrix --steps", "Missing value for argument '--steps'"),
         ("train toy/matrix --out", "--out wants a value"),
+        ("train toy/matrix --out --resume", "--out wants a value, got --resume"),
+        ("train --steps 100 toy/matrix", "Unrecognized options: toy/matrix (TASK comes first, options after it); 'k24 train --help'"),
+        ("train toy/matrix --env-args a=1 --env-args b=2", "--env-args is given 2 times: give all values after one --env-args"),
+        ("sweep --tasks toy/matrix --sharing k24 --sharing nops", "--sharing is given 2 times: give all values after one --sharing"),
         ("train toy/matrix --steps -3", "steps (=-3) must be at least 1"),
         ("train toy/matrix --envs 0", "envs (=0) must be at least 1"),
         ("train toy/matrix --seed -1", "seed (=-1) must lie in 0"),
@@ -590,7 +594,9 @@ def test_more_than_there_is_memory_for(capfd, tmp_path, options):
 
 def test_pictures_that_cannot_be_made(capfd, finished, tmp_path):
     gif = tmp_path / "x.gif"
-    assert refused(capfd, "eval", str(finished), "--gif", str(gif)) == "this environment cannot be drawn: leave --gif out"
+    assert refused(capfd, "eval", str(finished), "--gif", str(gif), "--episodes", "10000000") == (
+        "this environment cannot be drawn: leave --gif out"
+    ), "said before anything is played"
     (tmp_path / "file").write_text("")
     refused(capfd, "inspect", str(finished), "--png", str(tmp_path / "file" / "x.png"), status=1)
     # The name's ending does not matter.

@@ -203,8 +203,16 @@ def test_small_nets_are_fine_where_nothing_is_masked():
 
 
 def test_env_args_are_read_as_what_they_look_like():
-    config = TrainConfig(env_args=("a=3", "b=0.5", "c=true", "d=text", "e=", "f='3'", "g=x=y", "h=[1, 2]"))
-    assert config.env_kwargs == {"a": 3, "b": 0.5, "c": True, "d": "text", "e": None, "f": "3", "g": "x=y", "h": [1, 2]}
+    config = TrainConfig(env_args=("a=3", "b=0.5", "c=true", "d=text", "e=", "f='3'", "g=x=y", "h=[1, 2]", "i=1e-2", "j=-1.5E3", "k=1e"))
+    plain = {"a": 3, "b": 0.5, "c": True, "d": "text", "e": None, "f": "3", "g": "x=y", "h": [1, 2], "i": 0.01, "j": -1500.0, "k": "1e"}
+    assert config.env_kwargs == plain
+
+
+def test_yes_and_no_of_yaml(tmp_path):
+    for text, found in (("no", "no"), ("yes", "yes"), ("auto", "auto"), ("'no'", "no")):
+        (tmp_path / "config.yaml").write_text(f"task: toy/matrix\nagent_id: {text}\nlearner: {{lr: 1.0e-3}}\n")
+        config = load_config(tmp_path / "config.yaml")
+        assert config.agent_id == found and config.learner.lr == 1e-3
 
 
 # --- the scheme of critics -----------------------------------------------------------------------------------------------------

@@ -76,6 +76,10 @@ class _Walk(TeamEnv):
             reward = -torch.ones_like(reward)
         if self.fault in ("last reward", "costs"):
             reward[:, ended] = 0
+        if self.fault == "falls":  # paid while it stands
+            terminated = (self._x > 1).all(0)
+            truncated, ended = truncated & ~terminated, truncated | terminated
+            reward = (~terminated).float().expand(2, -1).clone()
         after = self._see()
         if ended.any() or self.fault == "two objects":
             if self.fault != "no restart":
@@ -137,10 +141,26 @@ def test_check_env_refuses_what_is_no_environment():
         check_env(dict)
 
 
-@pytest.mark.parametrize(("honest", "passed"), [("costs", set()), ("cuts", {"last reward"})])
+@pytest.mark.parametrize(("honest", "passed"), [("costs", set()), ("cuts", {"last reward"}), ("falls", set())])
 def test_check_env_does_not_cry_wolf(honest, passed):
-    """Where each step costs and the last is free, and where a simulator has limits of its own."""
+    """Where each step costs and the last is free, where a simulator has limits of its own, where the step that loses is not paid."""
     assert set(check_env(lambda: _Walk(honest))) >= {"auto-reset", *passed}
+
+
+def test_the_second_environment_is_closed_last():
+    """There are environments whose ``close`` closes what all of their kind draw with."""
+    closed = []
+
+    class Drawn(_Walk):
+        def render(self):
+            assert not closed
+            return torch.zeros(2, 2, 3, dtype=torch.uint8)
+
+        def close(self):
+            closed.append(self)
+
+    assert {"render", "close twice", "two beside each other"} <= set(check_env(Drawn))
+    assert len(closed) == 3 and closed[0] is closed[1]
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ class Walk(SingleEnv):
             avail[:, -1] = 0
             if alive is not None:
                 avail[~alive] = 0
-        if self.t == 2 and self.fault in _VIEWS:
-            return _VIEWS[self.fault](View(obs, state, avail, alive))  # type: ignore[arg-type]
+        if self.t == (0 if self.fault.endswith(" at first") else 2) and self.fault.removesuffix(" at first") in _VIEWS:
+            return _VIEWS[self.fault.removesuffix(" at first")](View(obs, state, avail, alive))  # type: ignore[arg-type]
         return View(obs, state, avail, alive)  # type: ignore[arg-type]
 
     def render(self) -> np.ndarray | None:
@@ -131,6 +131,7 @@ _ENDS: dict[str, dict] = {
     "ends apart": {"terminated": np.zeros(2, bool)},
     "text as end": {"terminated": False, "truncated": "no"},
     "share of an end": {"terminated": 0.5},
+    "won apart": {"terminated": False, "won": np.zeros(2, bool)},
     "numpy end": {"terminated": np.array(False), "truncated": np.int8(0)},
 }
 _VIEWS = {
@@ -140,6 +141,9 @@ _VIEWS = {
     "deep": lambda view: view._replace(obs=[view.obs[0], view.obs[1][:, None]]),
     "text in obs": lambda view: view._replace(obs=[view.obs[0], ["a", "b"]]),
     "nan": lambda view: view._replace(obs=[view.obs[0], np.array([0.0, np.nan])]),
+    "ragged": lambda view: view._replace(obs=[view.obs[0], [[1.0, 2.0], [3.0]]]),
+    "nothing": lambda view: view._replace(obs=None),
+    "a generator": lambda view: view._replace(obs=(one for one in view.obs)),
     "bare": lambda view: view.obs,
     "state once": lambda view: view._replace(state=np.zeros(5)),
     "state shape": lambda view: view._replace(state=np.zeros(3)),
@@ -278,7 +282,7 @@ def test_every_episode_of_every_copy_has_a_seed_of_its_own():
     [
         (
             {"fault": "long"},
-            r"walk: reset: expected 2 observations, each a vector of at most obs_dim \(=2\) features, got shapes \[\[3\], ",
+            r"walk: reset: expected 2 observations, each a vector of at most obs_dim \(=2\) features, got float64 \[3\], float64 \[2\]",
         ),
         (
             {"fault": "state dim"},
@@ -293,6 +297,11 @@ def test_every_episode_of_every_copy_has_a_seed_of_its_own():
         ({"fault": "flat"}, r"the observation of agent 1 to be a vector of 2 features, as before, got float \[\]"),
         ({"fault": "deep"}, r"the observation of agent 1 to be a vector of 2 features, as before, got float64 \[2, 1\]"),
         ({"fault": "text in obs"}, r"expected observations, state, avail and alive of numbers, got float64 \[3\], list \[2\]"),
+        ({"fault": "ragged"}, r"the observation of agent 1 to be a vector of 2 features, as before, got list"),
+        ({"fault": "nothing"}, r"walk: step: expected 2 observations in a list, one per agent, got NoneType \[\]"),
+        ({"fault": "a generator"}, r"walk: step: expected 2 observations in a list, one per agent, got generator \[\]"),
+        ({"fault": "nothing at first"}, r"walk: reset: expected 2 observations in a list, one per agent, got NoneType \[\]"),
+        ({"fault": "ragged at first"}, r"walk: reset: expected 2 observations, each a vector .*, got float64 \[3\], list \("),
         ({"fault": "nan"}, r"expected finite observations of agent 1, got nan"),
         ({"fault": "bare"}, r"expected a View, got list"),
         ({"fault": "tuple"}, r"expected an Outcome, got tuple"),
@@ -304,6 +313,7 @@ def test_every_episode_of_every_copy_has_a_seed_of_its_own():
         ({"fault": "stuck", "give": ("avail",)}, r"expected at least one action available for agent 1, got none"),
         ({"fault": "alive shape", "give": ("alive",)}, r"expected alive of shape \[2\], got float64 \[2, 1\]"),
         ({"fault": "won once"}, r"expected won given always or never, got both"),
+        ({"fault": "won apart", "give": ("won",)}, r"expected won to be True or False, one for the team, got bool \[2\]"),
         ({"fault": "ends apart"}, r"expected terminated to be True or False, one for the team, got bool \[2\]"),
         ({"fault": "text as end"}, r"expected truncated to be True or False, one for the team, got str \[\]"),
         ({"fault": "share of an end"}, r"expected terminated to be True or False, one for the team, got float \[\]"),

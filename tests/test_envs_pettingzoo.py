@@ -178,6 +178,14 @@ def test_action_masks_come_with_the_observation_or_in_infos():
         env.step(np.array([1, 0, 2, 0]))
 
 
+def test_an_action_mask_counts_whatever_else_is_beside_it():
+    space = Dict(observation=Box(0, 9, (2,)), goal=Discrete(2), action_mask=Box(0, 1, (3,), np.int8))
+    seen = {"observation": np.array([3.0, 4.0]), "goal": 1, "action_mask": np.array([0, 1, 0], np.int8)}
+    env = ParallelTeam(Scripted({"one": space}, {"one": Discrete(3)}, look=lambda name: seen))
+    view = env.reset(0)
+    assert env.spec.obs_dim == 4 and sorted(view.obs[0].tolist()) == [0, 1, 3, 4] and view.avail.tolist() == [[False, True, False]]
+
+
 def test_the_state_is_the_environments_own_where_it_has_a_vector():
     raw = leavers()
     raw.state = lambda: np.array([raw.t, 7, 8, 9], dtype=np.float64)

@@ -140,6 +140,25 @@ def _assert_same_as_vmas(task: str, options: dict[str, object], continuous: bool
     return ours
 
 
+@pytest.mark.parametrize("task", ["ball_passage", "ball_trajectory", "debug/asym_joint", "joint_passage", "passage", "wind_flocking"])
+def test_every_environment_has_a_draw_of_its_own(task, monkeypatch):
+    """In VMAS's scenarios who stands where is one draw for the whole batch."""
+    options = {"random_start_angle": True} if task == "debug/asym_joint" else {}
+    env = make_env(f"vmas/{task}", 6, **options)
+    drawn, real = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *sizes, **kwargs: drawn.append(sizes) or real(*sizes, **kwargs))
+    env.reset(0)
+    assert len(drawn) >= 6
+
+
+def test_every_environment_has_a_gap_of_its_own():
+    env = make_env("vmas/passage", 32)
+    env.reset(0)
+    walls = [one for one in env.scenario.world.landmarks if one.name.startswith("passage")]
+    gaps = [wall.state.pos[:, 0] for wall in walls if not wall.collide]
+    assert all(len(gap.unique()) > 1 for gap in gaps) and gaps
+
+
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("task", ["mpe/simple_reference", "vmas/balance", "vmas/multi_give_way", "vmas/transport"])
 def test_numbers_are_those_of_its_own_environment_class(task, continuous):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ def parse(cls: type[T], arguments: Sequence[str], command: str, default: T | Non
         HelpShown: They asked for help, which has been printed.
         UsageError: Something is wrong with them.
     """
+    _require_once(cls, arguments)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -38,6 +40,15 @@ def parse(cls: type[T], arguments: Sequence[str], command: str, default: T | Non
         if not stop.code:
             raise HelpShown from None
         raise UsageError(_one_line(stderr.getvalue(), command)) from None
+
+
+def _require_once(cls: type, arguments: Sequence[str]) -> None:
+    """Refuses an option of several values that is given again, because only the last one would count."""
+    given = [item.partition("=")[0].replace("_", "-") for item in arguments]
+    for field in dataclasses.fields(cls):
+        flag = "--" + field.name.replace("_", "-")
+        if str(field.type).startswith("tuple[") and given.count(flag) > 1:
+            raise UsageError(f"{flag} is given {given.count(flag)} times: give all values after one {flag}")
 
 
 def _one_line(message: str, command: str) -> str:
@@ -52,6 +63,8 @@ def _one_line(message: str, command: str) -> str:
     first = re.sub(r"^Error parsing (--\S+: )?(\S+: )?", r"\1", " ".join(paragraphs[0])) or "wrong options"
     first = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"wants a whole number such as 1000000, got \1", first)
     first = re.sub(r"could not convert string to float: (.*)", r"wants a number, got \1", first)
+    if command == "train":
+        first = re.sub(r"^(Unrecognized options: [^-\s,=]+/[^\s,=]+)$", r"\1 (TASK comes first, options after it)", first)
     # A setting that may be left open is a union for the parser, which tells what each of its types says.
     first = re.sub(r"no type matching \{None\}\|\S+ could be instantiated.* (wants a .*?), got (.*)", r"\1 or None, got \2", first)
     first = re.sub(r"^Missing from k24 [^:]*: (\S+) .*", r"\1 is missing", first)
@@ -79,6 +92,8 @@ def take(arguments: list[str], flag: str) -> str | None:
             if k + 1 >= len(arguments):
                 raise UsageError(f"{flag} wants a value")
             value = arguments[k + 1]
+            if value.startswith("--"):
+                raise UsageError(f"{flag} wants a value, got {value}")
             del arguments[k : k + 2]
             return value
         if item.startswith(flag + "="):

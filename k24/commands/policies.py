@@ -57,7 +57,7 @@ def eval_command(arguments: list[str]) -> None:
     import torch
 
     from k24.allocator import told_when_memory_is_short
-    from k24.evaluate import EVAL_SEED, open_policy, open_run, play, record_gif, resolve_device, summary
+    from k24.evaluate import EVAL_SEED, open_policy, open_run, play, record_gif, require_picture, resolve_device, summary
 
     if options.episodes < 1:
         raise UsageError(f"episodes (={options.episodes}) must be at least 1")
@@ -77,6 +77,8 @@ def eval_command(arguments: list[str]) -> None:
         phase: Any = {"argmax": "deploy", "sampled": "sampled", "expected": "act"}[options.masks]
         player = open_run(options.run, device, phase, options.random, options.sample, options.seed)
     with told_when_memory_is_short("play fewer --episodes, or shorter ones"), torch.random.fork_rng(devices=[]):
+        if options.gif is not None:
+            require_picture(player.make_env(1))  # before all episodes are played
         env = player.make_env(min(options.episodes, 64))
         torch.manual_seed(options.seed)
         seed = EVAL_SEED + options.seed * 1000

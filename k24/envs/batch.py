@@ -302,7 +302,7 @@ class Batch:
                 self._refuse("step", "won given always or never", "both", j)
             self._form = self._form._replace(won=won is not None)
         self._clock[j] += 1
-        return view, reward, terminated, truncated, won
+        return view, reward, terminated, truncated, None if won is None else self._flag("won", won, j)
 
     def _flag(self, name: str, value: Any, j: int) -> bool:
         """Whether the episode ended. An array with a value for each agent is none, nor is a text that holds "no"."""
@@ -345,11 +345,11 @@ class Batch:
         spec = self.spec
         if not isinstance(view, View):
             self._refuse(method, "a View", type(view).__name__, j)
-        shapes = [np.shape(one) for one in view.obs]
-        if len(shapes) != spec.n_agents or any(len(shape) != 1 or shape[0] > spec.obs_dim for shape in shapes):
+        shapes = self._shapes(method, view, j)
+        if len(shapes) != spec.n_agents or any(shape is None or len(shape) != 1 or shape[0] > spec.obs_dim for shape in shapes):
             expected = f"{spec.n_agents} observations, each a vector of at most obs_dim (={spec.obs_dim}) features"
-            self._refuse(method, expected, f"shapes {[list(shape) for shape in shapes]}", j)
-        sizes = [shape[0] for shape in shapes]
+            self._refuse(method, expected, ", ".join(map(_kind, view.obs)), j)
+        sizes = [shape[0] for shape in shapes if shape is not None]
         if view.state is None and sum(sizes) != spec.state_dim:
             expected = f"a state, or a state_dim (={spec.state_dim}) that is the sum of all observations' features (={sum(sizes)})"
             self._refuse(method, expected, "neither", j)
@@ -360,22 +360,29 @@ class Batch:
         self._form = Form(sizes, *(one is not None for one in view[1:]))
         return self._form
 
+    def _shapes(self, method: str, view: View, j: int) -> list[tuple[int, ...] | None]:
+        """Those of all observations."""
+        if not isinstance(view.obs, Sequence | np.ndarray) or isinstance(view.obs, str):
+            self._refuse(method, f"{self.spec.n_agents} observations in a list, one per agent", _kind(view.obs), j)
+        return [_shape(one) for one in view.obs]
+
     def _explain(self, method: str, j: int, view: View, form: Form) -> NoReturn:
         """Says what is wrong with a view that is not like the first."""
         spec = self.spec
         if not isinstance(view, View):
             self._refuse(method, "a View", type(view).__name__, j)
-        if len(view.obs) != spec.n_agents:
-            self._refuse(method, f"{spec.n_agents} observations, one per agent", f"{len(view.obs)}", j)
-        for agent, (one, size) in enumerate(zip(view.obs, form.sizes, strict=True)):
-            if np.shape(one) != (size,):
+        shapes = self._shapes(method, view, j)
+        if len(shapes) != spec.n_agents:
+            self._refuse(method, f"{spec.n_agents} observations, one per agent", f"{len(shapes)}", j)
+        for agent, (one, shape, size) in enumerate(zip(view.obs, shapes, form.sizes, strict=True)):
+            if shape != (size,):
                 self._refuse(method, f"the observation of agent {agent} to be a vector of {size} features, as before", _kind(one), j)
         wanted = {"state": (spec.state_dim,), "avail": (spec.n_agents, spec.n_actions), "alive": (spec.n_agents,)}
         for name, shape in wanted.items():
             value = getattr(view, name)
             if (value is not None) is not getattr(form, name):
                 self._refuse(method, f"{name} given always or never", "both", j)
-            if value is not None and np.shape(value) != shape:
+            if value is not None and _shape(value) != shape:
                 self._refuse(method, f"{name} of shape {list(shape)}", _kind(value), j)
         self._refuse(method, "observations, state, avail and alive of numbers", ", ".join(_kind(one) for one in view.obs), j)
 
@@ -422,8 +429,13 @@ def episode_seed(seed: int, copy: int, episode: int) -> int:
 
 def _kind(value: Any) -> str:
     """Type and shape, for an error."""
-    kind = str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__
+    kind, shape = str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__, _shape(value)
+    return kind if shape is None else f"{kind} {list(shape)}"
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """None of what has no shape, because its rows differ in length."""
     try:
-        return f"{kind} {list(np.shape(value))}"
-    except ValueError:  # ragged
-        return kind
+        return np.shape(value)
+    except ValueError:
+        return None

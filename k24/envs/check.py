@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -142,7 +142,7 @@ def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | 
         RunError: The first breach: the method, what was expected, what came.
     """
     make = None if isinstance(env, TeamEnv) else env
-    with _globals_kept():
+    with _globals_kept(), ExitStack() as stack:
         before = _globals(None)
         subject = env if make is None else make()
         if not isinstance(subject, TeamEnv):
@@ -159,7 +159,9 @@ def check_env(env: TeamEnv | Callable[[], TeamEnv], seed: int = 0, steps: int | 
         passed += _check_ends(subject, play)
         passed += _check_seeds(subject, play, seed)
         if make is not None:
-            passed += _check_independence(subject, make, play, seed)
+            # Closed last: there are environments that close something which all of their kind draw with.
+            other = stack.enter_context(closing(make()))
+            passed += _check_independence(subject, other, play, seed)
         passed += _check_render(subject)
         if make is not None:
             subject.close()
@@ -273,7 +275,7 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
     limit = env.spec.episode_limit
     clock = torch.zeros(env.n_envs, dtype=torch.int64, device=env.device)
     restarted_blindly, restarts = 0, 0
-    paid_before, paid_last, gained, n_last = True, False, False, 0
+    paid_before, paid_last, gained, n_cut = True, False, False, 0
     for step in play.steps:
         clock += 1
         ended = step.terminated | step.truncated
@@ -292,7 +294,7 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
         paid_before &= bool(paid[~ended].all())
         paid_last |= bool(paid[ended].any())
         gained |= bool((step.reward[:, ~ended] > 0).any())
-        n_last += int(ended.sum())
+        n_cut += int(step.truncated.sum())
         clock[ended] = 0
     passed = ["episode_limit", "terminated or truncated"]
     if restarts and _vary(play.first):
@@ -300,8 +302,8 @@ def _check_ends(env: TeamEnv, play: _Play) -> list[str]:
             got = "after equal to current at each end: either the last observation is lost, or nothing was reset"
             _fail(env, "step", "after to hold the last observation of the old episode, and current the first of the new one", got)
         passed.append("auto-reset")
-    # Where every step costs something, the one that reaches the goal may well be free.
-    if n_last and n_last < len(play.steps) * env.n_envs and paid_before and (paid_last or gained):
+    # Where every step costs something, the one that reaches the goal may well be free; and where standing is paid, falling is not.
+    if restarts and restarts < len(play.steps) * env.n_envs and paid_before and (paid_last or (gained and n_cut)):
         if not paid_last:
             _fail(env, "step", "the reward of an episode's last step", "0 at each last step, though every other step is paid")
         passed.append("last reward")
@@ -331,16 +333,14 @@ def _check_seeds(env: TeamEnv, play: _Play, seed: int) -> list[str]:
     return ["same seed, same episodes"]
 
 
-def _check_independence(env: TeamEnv, make: Callable[[], TeamEnv], play: _Play, seed: int) -> list[str]:
+def _check_independence(env: TeamEnv, other: TeamEnv, play: _Play, seed: int) -> list[str]:
     """Two environments of one process do not touch each other."""
-    other = make()
     chooser = torch.Generator().manual_seed(seed + 2)
     obs = other.reset(seed + 2)
     same = _same(play.first, env.reset(seed))
     for actions, expected in zip(play.actions, play.steps, strict=True):
         obs = other.step(_choose(other, obs, chooser)).current
         same = same and _same(expected, env.step(actions.clone()))
-    other.close()
     if not same:
         got = "others; do the two share a generator, or does a reset keep something?"
         _fail(env, "step", "the same episodes with a second environment beside it", got)

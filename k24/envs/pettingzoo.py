@@ -92,9 +92,10 @@ class ParallelTeam(SingleEnv):
         self._readers, self._masked, sizes = [], [], []
         for name in self._names:
             space = env.observation_space(name)
-            self._masked.append(isinstance(space, spaces.Dict) and set(space.spaces) == {"observation", "action_mask"})
+            others = {key: part for key, part in getattr(space, "spaces", {}).items() if key != "action_mask"}
+            self._masked.append(isinstance(space, spaces.Dict) and bool(others) and "action_mask" in space.spaces)
             if self._masked[-1]:
-                space = space["observation"]
+                space = others["observation"] if set(others) == {"observation"} else spaces.Dict(others)
             size, reader = _reader(space, f"{env}: agent {name!r}")
             sizes.append(size)
             self._readers.append(reader)
@@ -181,7 +182,9 @@ class ParallelTeam(SingleEnv):
                 continue
             alive[index] = True
             if self._masked[index]:
-                mine, mask = seen[name]["observation"], seen[name]["action_mask"]
+                others = {key: part for key, part in seen[name].items() if key != "action_mask"}
+                mine = others["observation"] if set(others) == {"observation"} else others
+                mask = seen[name]["action_mask"]
             else:
                 mine, mask = seen[name], (infos.get(name) or {}).get("action_mask")
             obs[index] = self._readers[index](mine)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vmas.scenarios import give_way, road_traffic, wind_flocking
-from vmas.scenarios.debug import circle_trajectory, goal, het_mass
+from vmas.scenarios import ball_passage, ball_trajectory, give_way, joint_passage, passage, road_traffic, wind_flocking
+from vmas.scenarios.debug import asym_joint, circle_trajectory, goal, het_mass
 from vmas.scenarios.mpe import simple_adversary, simple_push, simple_reference, simple_speaker_listener, simple_spread
 
 
@@ -174,15 +174,43 @@ def _share_goal(world: Any, env_index: int | None) -> None:
     world.agents[0].goal.draw(env_index)
 
 
-class GiveWay(give_way.Scenario):
-    """Draws a start for each environment; VMAS's draws one and gives it to all where all begin together."""
+class _Apart:
+    """Draws a start for each environment.
+
+    Where all begin together, some of VMAS's scenarios draw who stands where, or where a wall has its gap, once for all of them: a batch
+    of episodes is then hardly more than one.
+    """
 
     def reset_world_at(self, env_index: int | None = None) -> None:
         """See VMAS."""
-        super().reset_world_at(env_index)
+        super().reset_world_at(env_index)  # type: ignore[misc]
         if env_index is None:
-            for index in range(self.world.batch_dim):
-                super().reset_world_at(index)
+            for index in range(self.world.batch_dim):  # type: ignore[attr-defined]
+                super().reset_world_at(index)  # type: ignore[misc]
+
+
+class AsymJoint(_Apart, asym_joint.Scenario):
+    """See ``_Apart``."""
+
+
+class BallPassage(_Apart, ball_passage.Scenario):
+    """See ``_Apart``."""
+
+
+class BallTrajectory(_Apart, ball_trajectory.Scenario):
+    """See ``_Apart``."""
+
+
+class GiveWay(_Apart, give_way.Scenario):
+    """See ``_Apart``."""
+
+
+class JointPassage(_Apart, joint_passage.Scenario):
+    """See ``_Apart``."""
+
+
+class Passage(_Apart, passage.Scenario):
+    """See ``_Apart``."""
 
 
 class Goal(goal.Scenario):
@@ -218,8 +246,8 @@ class HetMass(het_mass.Scenario):
             np.random.set_state(outer)
 
 
-class WindFlocking(wind_flocking.Scenario):
-    """Begins each episode in the full wind; in VMAS's the wind on an agent is what its cover left of it when the last episode ended."""
+class WindFlocking(_Apart, wind_flocking.Scenario):
+    """See ``_Apart``; and begins each episode in the full wind. In VMAS's it is what an agent's cover left of it in the episode before."""
 
     def reset_world_at(self, env_index: int | None = None) -> None:
         """See VMAS."""
@@ -273,10 +301,15 @@ CHANGED = {
     "mpe/simple_reference": Reference,
     "mpe/simple_speaker_listener": SpeakerListener,
     "mpe/simple_spread": SimpleSpread,
+    "vmas/ball_passage": BallPassage,
+    "vmas/ball_trajectory": BallTrajectory,
+    "vmas/debug/asym_joint": AsymJoint,
     "vmas/debug/circle_trajectory": CircleTrajectory,
     "vmas/debug/goal": Goal,
     "vmas/give_way": GiveWay,
     "vmas/debug/het_mass": HetMass,
+    "vmas/joint_passage": JointPassage,
+    "vmas/passage": Passage,
     "vmas/wind_flocking": WindFlocking,
     "vmas/road_traffic": RoadTraffic,
 }
