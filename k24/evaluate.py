@@ -122,7 +122,8 @@ def build_env(config: TrainConfig, n_envs: int, device: torch.device | str = "cp
     other: Any = opponents
     if opponents not in (None, "random"):
         try:
-            other = load_policy(str(opponents), device)
+            # Not by auto, which chooses by the clock: backends differ in the last bits, and a run must repeat.
+            other = load_policy(str(opponents), device, backend="dense")
         except PolicyFileError as error:
             raise UsageError(f"opponents: {error}") from error
     env = make_env(config.task, n_envs, device, config.workers if workers is None else workers, **kwargs)
