@@ -23,6 +23,7 @@ SUMMARY = (
     ("8 agents", "specialisation", "=8", 3),
     ("16 agents", "specialisation", "=16", 3),
     ("`vmas/blind_spread`, 8 agents", "blind_spread", "", 1),
+    ("8 agents, MAPPO", "blind_spread_mappo", "", 1),
     ("16 agents", "blind_spread_16", "", 1),
     ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1),
     ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1),
