@@ -19,7 +19,8 @@ TABLE = re.compile(r"(<!-- report (\S+), (\d) digits -->\n)(.*?)(<!-- end of rep
 SUMMARISED = re.compile(r"(<!-- summary -->\n)(.*?)(<!-- end of summary -->)", re.DOTALL)
 # Name of a row, the report it comes from, how its task ends there, digits.
 SUMMARY = (
-    ("`toy/specialisation`, 4 agents, mean over training", "specialisation", "=4", 3),
+    ("`toy/specialisation`, 2 agents, mean over training", "specialisation_2", "=2", 3),
+    ("4 agents", "specialisation", "=4", 3),
     ("8 agents", "specialisation", "=8", 3),
     ("16 agents", "specialisation", "=16", 3),
     ("`vmas/blind_spread`, 8 agents, QMIX", "blind_spread", "", 1),
