@@ -17,7 +17,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 TABLE = re.compile(r"(<!-- report (\S+), (\d) digits -->\n)(.*?)(<!-- end of report -->)", re.DOTALL)
 SUMMARISED = re.compile(r"(<!-- summary -->\n)(.*?)(<!-- end of summary -->)", re.DOTALL)
-# Name of a row, the report it comes from, how its task ends there, digits.
+# Name of a row, the reports it comes from (of each method the first that has it), how its task ends there, digits.
 SUMMARY = (
     ("`toy/specialisation`, 2 agents, mean over training", "specialisation_2", "=2", 3),
     ("4 agents", "specialisation", "=4", 3),
@@ -25,7 +25,7 @@ SUMMARY = (
     ("16 agents", "specialisation", "=16", 3),
     ("`vmas/blind_spread`, 8 agents, QMIX", "blind_spread", "", 1),
     ("8 agents, MAPPO", "blind_spread_mappo", "", 1),
-    ("16 agents, QMIX", "blind_spread_16", "", 1),
+    ("16 agents, QMIX", "blind_spread_16 blind_spread_16_macs", "", 1),
     ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1),
     ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1),
     ("`vmas/navigation`", "navigation", "", 2),
@@ -52,12 +52,12 @@ def filled(page: str, reports: Path = DOCS / "reports") -> str:
         rows = _one(*of.values(), int(found[3])) if len(of) == 1 else _several(of, int(found[3]))
         return found[1] + _lines(rows) + found[5]
 
+    def methods(report: str, ending: str) -> dict[str, Any]:
+        return next(task["methods"] for key, task in tasks(report).items() if key.endswith(ending))
+
     def summary(found: re.Match[str]) -> str:
         head = ["task", *COMPARED]
-        rows = [
-            [name, *_means(next(task for key, task in tasks(report).items() if key.endswith(ending)), digits)]
-            for name, report, ending, digits in SUMMARY
-        ]
+        rows = [[name, *_means([methods(report, ending) for report in named.split()], digits)] for name, named, ending, digits in SUMMARY]
         return found[1] + _lines([head, ["---"] * len(head), *rows]) + found[3]
 
     return SUMMARISED.sub(summary, TABLE.sub(table, page))
@@ -67,9 +67,9 @@ def _lines(rows: list[list[str]]) -> str:
     return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n"
 
 
-def _means(task: dict[str, Any], digits: int) -> list[str]:
+def _means(reports: list[dict[str, Any]], digits: int) -> list[str]:
     """Of each method its mean and half of the interval; a dash where it was not run."""
-    means = [task["methods"][method]["mean"] if method in task["methods"] else None for method in COMPARED]
+    means = [next((methods[name]["mean"] for methods in reports if name in methods), None) for name in COMPARED]
     return ["–" if m is None else f"{number(m['value'], digits)}{_half(m, digits)}" for m in means]
 
 
