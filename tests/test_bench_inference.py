@@ -446,7 +446,8 @@ def test_torch_compile_runs_for_few_cases_or_when_asked(capfd, monkeypatch, flag
 
     monkeypatch.setattr(k24.bench, "measure", noted)
     envs = [str(k + 1) for k in range(cases // 2)]
-    main(["bench", "inference", *TINY, "--envs", *envs, "--compile", flag])
+    at = TINY.index("--envs") + 1
+    main(["bench", "inference", *TINY[:at], *envs, *TINY[at + 1 :], "--compile", flag])
     assert asked == [expected]
     capfd.readouterr()
 
