@@ -395,13 +395,12 @@ def summary(played: Played) -> dict:
     return found
 
 
-def require_picture(env: TeamEnv, seed: int = EVAL_SEED) -> Tensor:
-    """The first picture of an episode.
+def require_picture(env: TeamEnv) -> Tensor:
+    """A picture of an environment that has been reset.
 
     Raises:
-        UsageError: The environment cannot be drawn.
+        UsageError: It cannot be drawn.
     """
-    env.reset(seed)
     picture = env.render()
     if picture is None:
         raise UsageError("this environment cannot be drawn: leave --gif out")
@@ -416,9 +415,9 @@ def record_gif(actor: Actor, env: TeamEnv, path: Path, seed: int = EVAL_SEED) ->
     """
     import imageio.v3 as iio
 
-    frames: list[Tensor | None] = [require_picture(env, seed)]
     observation = env.reset(seed)
     actor.reset(env.n_envs)
+    frames: list[Tensor | None] = [require_picture(env)]
     for _ in range(env.spec.episode_limit):
         step = env.step(actor(observation))
         if bool(step.terminated[0] | step.truncated[0]):

@@ -78,13 +78,15 @@ def eval_command(arguments: list[str]) -> None:
         player = open_run(options.run, device, phase, options.random, options.sample, options.seed)
     with told_when_memory_is_short("play fewer --episodes, or shorter ones"), torch.random.fork_rng(devices=[]):
         if options.gif is not None:
-            require_picture(player.make_env(1))  # before all episodes are played
+            canvas = player.make_env(1)
+            canvas.reset(EVAL_SEED)
+            require_picture(canvas)  # before all episodes are played
         env = player.make_env(min(options.episodes, 64))
         torch.manual_seed(options.seed)
         seed = EVAL_SEED + options.seed * 1000
         found = summary(play(player.actor, env, options.episodes, seed))
     if options.gif is not None:
-        record_gif(player.actor, player.make_env(1), options.gif, seed)
+        record_gif(player.actor, canvas, options.gif, seed)
         print(f"episode drawn in {options.gif}")
     low, high = found["return_ci95"]
     # Asked now, because auto may settle on a backend while it plays.
