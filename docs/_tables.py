@@ -29,7 +29,7 @@ SUMMARY = (
     ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1),
     ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1),
     ("`vmas/navigation`", "navigation", "", 2),
-    ("`vmas/dispersion`", "dispersion", "", 2),
+    ("`vmas/dispersion`", "dispersion dispersion_macs", "", 2),
     ("`mpe/simple_speaker_listener`, MATD3", "speaker_listener", "", 1),
     ("`smax/smacv2_5_units`, episodes won", "smax", "", 3),
 )
