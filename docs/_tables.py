@@ -1,39 +1,50 @@
-"""Fills the tables of docs/results.md that are made from a report, each between two comments that name it.
+"""Fills the tables of docs/results.md and README.md that are made from a report, each between two comments that name it.
 
-    python docs/_tables.py           # rewrites docs/results.md, after `k24 report … --out docs/reports/NAME`
+    python docs/_tables.py           # rewrites both, after `k24 report … --out docs/reports/NAME`
 
 A table between ``<!-- report NAME, DIGITS digits -->`` and ``<!-- end of report -->`` holds what docs/reports/NAME/report.json says:
 of one task each method's mean, its interval and each run, of several tasks each method's interquartile means. The one between
-``<!-- summary -->`` and ``<!-- end of summary -->`` has a row for each of ``SUMMARY``.
+``<!-- summary -->`` and ``<!-- end of summary -->`` has a row for each of ``SUMMARY``, the one between ``<!-- front page -->`` and
+``<!-- end of front page -->`` for those that have a name there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
 TABLE = re.compile(r"(<!-- report (\S+), (\d) digits -->\n)(.*?)(<!-- end of report -->)", re.DOTALL)
 SUMMARISED = re.compile(r"(<!-- summary -->\n)(.*?)(<!-- end of summary -->)", re.DOTALL)
-# Name of a row, the reports it comes from (of each method the first that has it), how its task ends there, digits.
+FRONT_PAGE = re.compile(r"(<!-- front page -->\n)(.*?)(<!-- end of front page -->)", re.DOTALL)
+# Name of a row, the reports it comes from (of each method the first that has it), how its task ends there, digits, name on the front page.
 SUMMARY = (
-    ("`toy/specialisation`, 2 agents, mean over training", "specialisation_2", "=2", 3),
-    ("4 agents", "specialisation", "=4", 3),
-    ("8 agents", "specialisation", "=8", 3),
-    ("16 agents", "specialisation", "=16", 3),
-    ("`vmas/blind_spread`, 8 agents, QMIX", "blind_spread", "", 1),
-    ("8 agents, MAPPO", "blind_spread_mappo", "", 1),
-    ("16 agents, QMIX", "blind_spread_16 blind_spread_16_macs", "", 1),
-    ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1),
-    ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1),
-    ("`vmas/navigation`", "navigation", "", 2),
-    ("`vmas/dispersion`", "dispersion dispersion_macs", "", 2),
-    ("`mpe/simple_speaker_listener`, MATD3", "speaker_listener", "", 1),
-    ("`smax/smacv2_5_units`, episodes won", "smax", "", 3),
+    ("`vmas/blind_spread`, 8 agents, QMIX", "blind_spread", "", 1, "`vmas/blind_spread`, 8 agents, QMIX, 600k steps"),
+    ("8 agents, MAPPO", "blind_spread_mappo", "", 1, "the same by MAPPO, 200k steps"),
+    ("16 agents, QMIX", "blind_spread_16 blind_spread_16_macs", "", 1, "16 agents, QMIX, 600k steps"),
+    ("`toy/specialisation`, 2 agents, mean over training", "specialisation_2", "=2", 3, None),
+    ("4 agents", "specialisation", "=4", 3, None),
+    ("8 agents", "specialisation", "=8", 3, None),
+    ("16 agents", "specialisation", "=16", 3, "`toy/specialisation`, 16 agents, QMIX, mean over 10k steps"),
+    ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1, "`mpe/simple_spread`, MAPPO, 1M steps"),
+    ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1, "the same by QMIX"),
+    ("`vmas/navigation`", "navigation", "", 2, "`vmas/navigation`, MAPPO, 500k steps"),
+    ("`vmas/dispersion`", "dispersion dispersion_macs", "", 2, "`vmas/dispersion`, MAPPO, 1.5M steps, pieces eaten of 4"),
+    ("`mpe/simple_speaker_listener`, MATD3", "speaker_listener", "", 1, "`mpe/simple_speaker_listener`, MATD3, 500k steps"),
+    ("`smax/smacv2_5_units`, episodes won", "smax", "", 3, "`smax/smacv2_5_units`, QMIX, 1M steps, share of episodes won"),
 )
 COMPARED = ("k24", "k24,hidden=92", "fups_id", "kaleidoscope", "k24_random", "k24_random,hidden=92")
+IN_WORDS = {
+    "k24": "K-2:4, half the multiply-adds",
+    "k24,hidden=92": "K-2:4, as many",
+    "fups_id": "dense + agent index",
+    "kaleidoscope": "Kaleidoscope",
+    "k24_random": "fixed random 2:4",
+}
 
 
 def filled(page: str, reports: Path = DOCS / "reports") -> str:
@@ -52,25 +63,42 @@ def filled(page: str, reports: Path = DOCS / "reports") -> str:
         rows = _one(*of.values(), int(found[3])) if len(of) == 1 else _several(of, int(found[3]))
         return found[1] + _lines(rows) + found[5]
 
-    def methods(report: str, ending: str) -> dict[str, Any]:
-        return next(task["methods"] for key, task in tasks(report).items() if key.endswith(ending))
+    def the(named: str, ending: str) -> list[dict[str, Any]]:
+        return [next(task for key, task in tasks(report).items() if key.endswith(ending)) for report in named.split()]
 
     def summary(found: re.Match[str]) -> str:
         head = ["task", *COMPARED]
-        rows = [[name, *_means([methods(report, ending) for report in named.split()], digits)] for name, named, ending, digits in SUMMARY]
+        rows = [[name, *_means(the(named, ending), COMPARED, digits)] for name, named, ending, digits, _ in SUMMARY]
         return found[1] + _lines([head, ["---"] * len(head), *rows]) + found[3]
 
-    return SUMMARISED.sub(summary, TABLE.sub(table, page))
+    def front_page(found: re.Match[str]) -> str:
+        head = ["", "seeds", *IN_WORDS.values(), "random policy"]
+        rows = [_front(name, the(named, ending), digits) for _, named, ending, digits, name in SUMMARY if name]
+        return found[1] + _lines([head, ["---"] * len(head), *rows]) + found[3]
+
+    return FRONT_PAGE.sub(front_page, SUMMARISED.sub(summary, TABLE.sub(table, page)))
 
 
 def _lines(rows: list[list[str]]) -> str:
     return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n"
 
 
-def _means(reports: list[dict[str, Any]], digits: int) -> list[str]:
+def _found(reports: list[dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any] | None]:
+    """The mean of each method in the first report that has it."""
+    return [next((task["methods"][name]["mean"] for task in reports if name in task["methods"]), None) for name in names]
+
+
+def _means(reports: list[dict[str, Any]], names: Iterable[str], digits: int) -> list[str]:
     """Of each method its mean and half of the interval; a dash where it was not run."""
-    means = [next((methods[name]["mean"] for methods in reports if name in methods), None) for name in COMPARED]
-    return ["–" if m is None else f"{number(m['value'], digits)}{_half(m, digits)}" for m in means]
+    return ["–" if m is None else f"{number(m['value'], digits)}{_half(m, digits)}" for m in _found(reports, names)]
+
+
+def _front(name: str, reports: list[dict[str, Any]], digits: int) -> list[str]:
+    """A row of the front page: the number of seeds, each method's mean, the best in bold, and what random play gets."""
+    values = [-math.inf if m is None else m["value"] for m in _found(reports, IN_WORDS)]
+    cells = [f"**{cell}**" if value == max(values) else cell for cell, value in zip(_means(reports, IN_WORDS, digits), values, strict=True)]
+    random = reports[0]["random"]
+    return [name, str(len(reports[0]["seeds"])), *cells, "–" if random is None else number(random, digits)]
 
 
 def _one(task: dict[str, Any], digits: int) -> list[list[str]]:
@@ -136,5 +164,5 @@ def _name(method: str) -> str:
 
 
 if __name__ == "__main__":
-    results = DOCS / "results.md"
-    results.write_text(filled(results.read_text(encoding="utf-8")), encoding="utf-8")
+    for written in (DOCS / "results.md", DOCS.parent / "README.md"):
+        written.write_text(filled(written.read_text(encoding="utf-8")), encoding="utf-8")

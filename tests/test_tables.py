@@ -73,10 +73,22 @@ def test_what_a_report_does_not_know_is_a_dash(tmp_path: Path) -> None:
     assert found.splitlines()[4] == "| fups | 0.0 | – | 0.0 (–) | 0.0 | – | – |"
 
 
-def test_results_have_what_the_reports_say() -> None:
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    assert len(TABLES["TABLE"].findall(page)) == 12
-    assert len(TABLES["SUMMARISED"].findall(page)) == 1
+def test_a_row_of_the_front_page(tmp_path: Path) -> None:
+    methods = {"k24": method(-2.0, -2.0), "fups_id": method(-3.0, -3.0), "snp": method(9.0, 9.0)}
+    first = {"methods": methods, "seeds": [0, 1, 2], "random": -7.25}
+    second = {"methods": {"fups_id": method(5.0, 5.0), "k24,hidden=92": method(-1.0, -1.0)}, "seeds": [0], "random": None}
+    front = TABLES["_front"]
+    assert front("some", [first, second], 1) == ["some", "3", "−2.0 ± 1.5", "**−1.0 ± 1.5**", "−3.0 ± 1.5", "–", "–", "−7.2"]
+    assert front("some", [second], 1) == ["some", "1", "–", "−1.0 ± 1.5", "**5.0 ± 1.5**", "–", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("path", "tables"),
+    [("docs/results.md", {"TABLE": 13, "SUMMARISED": 1, "FRONT_PAGE": 0}), ("README.md", {"TABLE": 0, "SUMMARISED": 0, "FRONT_PAGE": 1})],
+)
+def test_pages_have_what_the_reports_say(path: str, tables: dict[str, int]) -> None:
+    page = (ROOT / path).read_text(encoding="utf-8")
+    assert {name: len(TABLES[name].findall(page)) for name in tables} == tables
     assert filled(page) == page, "run python docs/_tables.py"
 
 
