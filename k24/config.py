@@ -99,12 +99,11 @@ class TrainConfig:
             raise unknown_name("sharing scheme", self.sharing, SCHEMES)
         if self.critic_sharing != "auto" and self.critic_sharing not in SCHEMES:
             raise unknown_name("sharing scheme of a critic", self.critic_sharing, ["auto", *SCHEMES])
-        counts = ("steps", "envs", "hidden", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
+        counts = ("steps", "envs", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes", "checkpoint_every")
         for name in counts:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} (={getattr(self, name)}) must be at least 1")
-        if self.hidden > MAX_HIDDEN:
-            raise UsageError(f"hidden (={self.hidden}) is above {MAX_HIDDEN}: one layer alone would take gigabytes, use less")
+        self._check_widths()
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed (={self.seed}) must lie in 0 … 2^63 - 1")
         _require_finite(self)
@@ -114,13 +113,25 @@ class TrainConfig:
             raise UsageError(f"slots {self.slots!r} is not known: use agent, unit_type or package.module:function")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(f"device {self.device!r} is not known: use auto, cpu or cuda")
-        kept = PatternSet.parse(self.masks.pattern).n
-        if (self.sharing.startswith("k24") or self.critic_sharing.startswith("k24")) and self.hidden < kept:
-            raise UsageError(
-                f"hidden (={self.hidden}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
-            )
         self.learner.check(self.algo, self.envs, self.steps)
         _ = self.env_kwargs
+
+    def _check_widths(self) -> None:
+        """Refuses nets that are too wide for a machine, or too narrow for their masks."""
+        kept = PatternSet.parse(self.masks.pattern).n
+        own = getattr(self.learner, "critic_hidden", None)
+        # Of schemes that follow the policy's by themselves, only IPPO's critic may be masked.
+        judge = self.sharing if self.algo == "ippo" and self.critic_sharing == "auto" else self.critic_sharing
+        critic = ("hidden", self.hidden) if own is None else ("critic_hidden", own)
+        for (name, width), scheme in ((("hidden", self.hidden), self.sharing), (critic, judge)):
+            if width < 1:
+                raise UsageError(f"{name} (={width}) must be at least 1")
+            if width > MAX_HIDDEN:
+                raise UsageError(f"{name} (={width}) is above {MAX_HIDDEN}: one layer alone would take gigabytes, use less")
+            if scheme.startswith("k24") and width < kept:
+                raise UsageError(
+                    f"{name} (={width}) fits no {self.masks.pattern} mask, which keeps {kept} weights of a group: use {kept} or more"
+                )
 
     @property
     def sharing_config(self) -> SharingConfig:

@@ -135,6 +135,13 @@ def test_the_help_of_a_name_lists_what_there_is():
             {"algo": "mappo", "sharing": "nops", "hidden": 1, "learner": {"critic_sharing": "k24_random"}},
             "hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or more",
         ),
+        (
+            {"algo": "ippo", "learner": {"critic_hidden": 1}},
+            "critic_hidden (=1) fits no 2:4 mask, which keeps 2 weights of a group: use 2 or ",
+        ),
+        ({"algo": "mappo", "learner": {"critic_hidden": 0}}, "critic_hidden (=0) must be at least 1"),
+        ({"algo": "matd3", "learner": {"critic_hidden": 10**6}}, "critic_hidden (=1000000) is above "),
+        ({"learner": {"critic_hidden": 8}}, "here: learner: setting 'critic_hidden' is of ippo, mappo, matd3: leave it out"),
         ({"sharing": "k25"}, "unknown sharing scheme 'k25': did you mean 'k24'?"),
         ({"sharing": "zzzzzzz"}, "unknown sharing scheme 'zzzzzzz': known: fups, fups_bias, fups_id, "),
         ({"steps": 0}, "steps (=0) must be at least 1"),

@@ -479,6 +479,17 @@ def test_critics_are_made_as_asked(algo: str, slots: int) -> None:
     assert {"loss_policy", "loss_value", "grad_norm", "critic_grad_norm", "lr", "critic_lr", "entropy"} <= set(metrics)
 
 
+@pytest.mark.parametrize("algo", ["mappo", "ippo"])
+def test_critics_are_as_wide_as_asked_and_the_policy_stays_the_same(algo: str) -> None:
+    usual, narrow = some_learner(algo), some_learner(algo, critic_hidden=5)
+    assert [(learner.net.hidden, learner.critic.net.hidden) for learner in (usual, narrow)] == [(8, 8), (8, 5)]
+    assert parameters(narrow)["critic.layers.fc2.weight"].shape[1:] == (5, 5)
+    assert all(same.equal(parameters(narrow)[name]) for name, same in parameters(usual).items() if name.startswith("policy"))
+    before = parameters(narrow)
+    narrow.update(some_episodes(narrow.spec, [5, 3]), 0.2, 0)
+    assert not any(value.equal(before[name]) for name, value in parameters(narrow).items() if name.endswith("fc2.weight"))
+
+
 @pytest.mark.parametrize(("algo", "slots"), [("mappo", 1), ("ippo", AGENTS)])
 def test_critics_are_dense_unless_told_otherwise(algo: str, slots: int) -> None:
     learner = some_learner(algo, "k24")

@@ -406,6 +406,16 @@ def test_metrics_of_critics_have_a_name_of_their_own() -> None:
     assert metrics["lr"] == pytest.approx(5e-4)
 
 
+def test_critics_are_as_wide_as_asked_and_the_policy_stays_the_same() -> None:
+    usual, narrow = some_learner(), some_learner(critic_hidden=5, policy_delay=1)
+    assert [(learner.net.hidden, learner.critic.net.hidden) for learner in (usual, narrow)] == [(8, 8), (8, 5)]
+    same = narrow.net.state_dict()
+    assert all(value.equal(same[name]) for name, value in usual.net.state_dict().items())
+    before = narrow.critic.net.layers["fc2"].weight.detach().clone()
+    narrow.update(some_batch(), 0.2, 0)
+    assert before.shape == (CRITICS, 5, 5) and not before.equal(narrow.critic.net.layers["fc2"].weight)
+
+
 def test_the_ensemble_is_as_large_as_its_scheme_has_it() -> None:
     for scheme, expected in (("nops", 2), ("k24", 5)):
         sharing = make_sharing(scheme, 1).critics

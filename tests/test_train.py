@@ -211,7 +211,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "iql": {"algo": "iql", "learner": {"optimiser": "rmsprop", "td_lambda": 0.6, "individual_rewards": True}},
     "vdn": {"algo": "vdn", "learner": {"target_tau": 0.1, "n_step": 3, "standardise_rewards": False}},
     "ippo": {"algo": "ippo", "learner": PPO},
-    "mappo": {"algo": "mappo", "learner": dataclasses.replace(PPO, critic_sharing="k24", individual_rewards=True)},
+    "mappo": {"algo": "mappo", "learner": dataclasses.replace(PPO, critic_sharing="k24", critic_hidden=6, individual_rewards=True)},
     "ippo, masks that move": {
         "algo": "ippo",
         "learner": dataclasses.replace(PPO, target_kl=0.02),
@@ -223,7 +223,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "mappo, continuous": REACH | {"algo": "mappo", "learner": dataclasses.replace(PPO, normalise_values=False)},
     # A critic's masks are drawn anew in rounds 4, 7, 10 and 13; policy and critics freeze in round 16.
     "matd3": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_sharing="k24", critic_reset_interval=50)},
-    "matd3, a network for each critic": REACH | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_sharing="nops")},
+    "matd3, a network for each critic": REACH
+    | {"algo": "matd3", "learner": dataclasses.replace(TD3, critic_sharing="nops", critic_hidden=6)},
     "matd3, adaptive resets": REACH
     | {
         "algo": "matd3",

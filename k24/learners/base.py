@@ -32,7 +32,7 @@ class Learner(ABC):
         spec: The environment's sizes.
         sharing: The policy's parameter-sharing scheme; fresh, it becomes the learner's own.
         config: Settings, of the class that ``settings`` names; their defaults when None.
-        hidden: Hidden units of the nets.
+        hidden: Hidden units of the nets, of critics where their settings name no others.
         agent_id: Append agent indices to observations; the scheme's preference when None.
         seed: Seed of initial weights and of all random numbers of the learner.
         device: Where it learns.

@@ -70,6 +70,8 @@ class PPOConfig:
     """Each agent learns from its own reward instead of the team's sum."""
     critic_sharing: str = "auto"
     """Sharing scheme of the critic: auto for the policy's where each agent has a critic (IPPO), dense where one serves all (MAPPO)."""
+    critic_hidden: int | None = None
+    """Hidden units of the critic; those of the policy when not given."""
 
     def __post_init__(self) -> None:
         """Checks each value, and those that depend on each other."""
@@ -169,9 +171,9 @@ class PPOLearner(Learner):
         net = AgentNet(spec.obs_dim, outputs, hidden, spec.n_agents, self.sharing, agent_id, c.recurrent)
         judge = critic_sharing(1 if self._central else self.sharing.n_slots, False)
         critic = (
-            AgentNet(spec.state_dim, self._n_values, hidden, 1, judge, False, c.recurrent)
+            AgentNet(spec.state_dim, self._n_values, c.critic_hidden or hidden, 1, judge, False, c.recurrent)
             if self._central
-            else AgentNet(spec.obs_dim, 1, hidden, spec.n_agents, judge, agent_id, c.recurrent)
+            else AgentNet(spec.obs_dim, 1, c.critic_hidden or hidden, spec.n_agents, judge, agent_id, c.recurrent)
         )
         decay = (c.lr_decay_start, c.lr_final)
         self.policy = Trainee("loss_policy", net.to(self.device), self.sharing, c.lr, c.grad_clip, decay, eps=c.adam_eps)

@@ -65,6 +65,8 @@ class TD3Config:
     """Critics in the ensemble; 5 where they are masks on one network, 2 where each is a network of its own, when not given."""
     critic_sharing: str = "auto"
     """Sharing scheme of the critics, one slot each; auto for nops, separate networks, and for kaleidoscope where the policy's is that."""
+    critic_hidden: int | None = None
+    """Hidden units of the critics; those of the policy when not given."""
     critic_rows: Literal["split", "all"] = "split"
     """Whether a gradient step trains each critic on its part of the batch or on all of it."""
     critic_reset_interval: int = 800_000
@@ -128,7 +130,7 @@ class TD3Learner(Learner):
         net = AgentNet(spec.obs_dim, spec.n_actions, hidden, spec.n_agents, self.sharing, agent_id, recurrent=False)
         judge = critic_sharing(c.critics, True)
         inputs = spec.state_dim + spec.n_agents * spec.n_actions
-        critic = AgentNet(inputs, 1, hidden, judge.n_slots, judge, False, recurrent=False, layer_norm=c.layer_norm)
+        critic = AgentNet(inputs, 1, c.critic_hidden or hidden, judge.n_slots, judge, False, recurrent=False, layer_norm=c.layer_norm)
         self.n_critics = judge.n_slots
         if c.batch_size < self.n_critics:
             raise UsageError(f"batch_size (={c.batch_size}) must be at least the number of critics (={self.n_critics})")
