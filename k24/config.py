@@ -119,11 +119,11 @@ class TrainConfig:
     def _check_widths(self) -> None:
         """Refuses nets that are too wide for a machine, or too narrow for their masks."""
         kept = PatternSet.parse(self.masks.pattern).n
-        own = getattr(self.learner, "critic_hidden", None)
         # Of schemes that follow the policy's by themselves, only IPPO's critic may be masked.
         judge = self.sharing if self.algo == "ippo" and self.critic_sharing == "auto" else self.critic_sharing
-        critic = ("hidden", self.hidden) if own is None else ("critic_hidden", own)
-        for (name, width), scheme in ((("hidden", self.hidden), self.sharing), (critic, judge)):
+        for name, width, scheme in (("hidden", self.hidden, self.sharing), ("critic_hidden", self.critic_hidden, judge)):
+            if width is None:
+                continue
             if width < 1:
                 raise UsageError(f"{name} (={width}) must be at least 1")
             if width > MAX_HIDDEN:
@@ -143,6 +143,14 @@ class TrainConfig:
     def critic_sharing(self) -> str:
         """The scheme asked for of critics; ``auto`` for learners that have none."""
         return getattr(self.learner, "critic_sharing", "auto")
+
+    @property
+    def critic_hidden(self) -> int | None:
+        """Hidden units of critics; None for learners that have none."""
+        if not hasattr(self.learner, "critic_hidden"):
+            return None
+        own = self.learner.critic_hidden
+        return self.hidden if own is None else own
 
     @property
     def append_id(self) -> bool | None:

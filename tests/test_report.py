@@ -373,6 +373,22 @@ def test_scores_over_training_are_areas(four: Path, tmp_path: Path, capfd) -> No
         values_of(make_grid(*read_runs([four])), "return", "training")
 
 
+def test_critics_that_are_not_equally_wide_are_told(tmp_path: Path, capfd) -> None:
+    learner = PPOConfig()
+    for method, settings in {
+        "mappo-fups_id": {},
+        "mappo-k24,hidden=92": {"hidden": 92},
+        "mappo-k24,hidden=92,critic_hidden=8": {"hidden": 92, "learner": dataclasses.replace(learner, critic_hidden=8)},
+    }.items():
+        write_run(tmp_path, method, 0, 1.0, **{"algo": "mappo", "learner": learner} | settings)
+    assert main(["report", str(tmp_path / "toy"), "--out", str(tmp_path / "r"), "--reps", "50"]) == 0
+    said = "Critics are not equally wide:** fups_id 8, k24,hidden=92 92, k24,hidden=92,critic_hidden=8 8."
+    assert said in capfd.readouterr().out
+    shutil.rmtree(tmp_path / "toy/memory/mappo-k24,hidden=92")
+    assert main(["report", str(tmp_path / "toy"), "--out", str(tmp_path / "r"), "--reps", "50"]) == 0
+    assert "Critics" not in capfd.readouterr().out
+
+
 def test_rounding_is_no_win(tmp_path: Path) -> None:
     for method, values in (("qmix-k24", (16.0, 16.0)), ("qmix-fups_id", (15.999998, 15.999999))):
         for seed, value in enumerate(values):

@@ -52,6 +52,9 @@ def write(summary: dict[str, Any], pictures: dict[str, str], episodes: str) -> s
         lines += [f"## {name}", "", f"{about} where a method does not say otherwise; {seeds}."]
         if task["random"] is not None:
             lines[-1] += f" Random play: {task['random']:.{digits}f}."
+        if len(set(task["critic_hidden"].values())) > 1:
+            widths = ", ".join(f"{method} {width}" for method, width in task["critic_hidden"].items())
+            lines += ["", f"**Critics are not equally wide:** {widths}. They cost nothing to run, and wider ones may teach better."]
         costs = {key: title for key, title in COSTS.items() if any(key in found for found in task["methods"].values())}
         head = ["method", "mean", "95% interval", "IQM", "95% interval", "each seed", *costs.values()]
         lines += ["", _row(head), _row(["---"] * len(head))]

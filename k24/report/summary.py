@@ -193,6 +193,9 @@ def _settings_of(grid: Grid, task: str) -> dict[str, Any]:
         "algo": sorted({config.algo for config in configs}),
         "steps": sorted({config.steps for config in plain}),
         "hidden": sorted({config.hidden for config in plain}),
+        "critic_hidden": {
+            method: config.critic_hidden for method, config in zip(grid.methods, configs, strict=True) if config.critic_hidden is not None
+        },
     }
 
 
