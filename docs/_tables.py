@@ -32,7 +32,7 @@ SUMMARY = (
     ("16 agents", "specialisation", "=16", 3, "`toy/specialisation`, 16 agents, QMIX, mean over 10k steps"),
     ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1, "`mpe/simple_spread`, MAPPO, 1M steps"),
     ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1, "the same by QMIX"),
-    ("`vmas/navigation`", "navigation", "", 2, "`vmas/navigation`, MAPPO, 500k steps"),
+    ("`vmas/navigation`", "navigation navigation_macs", "", 2, "`vmas/navigation`, MAPPO, 500k steps"),
     ("`vmas/dispersion`", "dispersion dispersion_macs", "", 2, "`vmas/dispersion`, MAPPO, 1.5M steps, pieces eaten of 4"),
     ("`mpe/simple_speaker_listener`, MATD3", "speaker_listener", "", 1, "`mpe/simple_speaker_listener`, MATD3, 500k steps"),
     ("`smax/smacv2_5_units`, episodes won", "smax", "", 3, "`smax/smacv2_5_units`, QMIX, 1M steps, share of episodes won"),
