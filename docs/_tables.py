@@ -30,7 +30,7 @@ SUMMARY = (
     ("4 agents", "specialisation", "=4", 3, None),
     ("8 agents", "specialisation", "=8", 3, None),
     ("16 agents", "specialisation", "=16", 3, "`toy/specialisation`, 16 agents, QMIX, mean over 10k steps"),
-    ("`mpe/simple_spread`, MAPPO", "simple_spread", "", 1, "`mpe/simple_spread`, MAPPO, 1M steps"),
+    ("`mpe/simple_spread`, MAPPO", "simple_spread_macs simple_spread", "", 1, "`mpe/simple_spread`, MAPPO, 1M steps"),
     ("`mpe/simple_spread`, QMIX", "simple_spread_qmix", "", 1, "the same by QMIX"),
     ("`vmas/navigation`", "navigation navigation_macs", "", 2, "`vmas/navigation`, MAPPO, 500k steps"),
     ("`vmas/dispersion`", "dispersion dispersion_macs", "", 2, "`vmas/dispersion`, MAPPO, 1.5M steps, pieces eaten of 4"),
