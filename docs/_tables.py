@@ -11,7 +11,6 @@ of one task each method's mean, its interval and each run, of several tasks each
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,17 +62,17 @@ def filled(page: str, reports: Path = DOCS / "reports") -> str:
         rows = _one(*of.values(), int(found[3])) if len(of) == 1 else _several(of, int(found[3]))
         return found[1] + _lines(rows) + found[5]
 
-    def the(named: str, ending: str) -> list[dict[str, Any]]:
+    def of_row(named: str, ending: str) -> list[dict[str, Any]]:
         return [next(task for key, task in tasks(report).items() if key.endswith(ending)) for report in named.split()]
 
     def summary(found: re.Match[str]) -> str:
         head = ["task", *COMPARED]
-        rows = [[name, *_means(the(named, ending), COMPARED, digits)] for name, named, ending, digits, _ in SUMMARY]
+        rows = [[name, *_cells(_means(of_row(named, ending), COMPARED), digits)] for name, named, ending, digits, _ in SUMMARY]
         return found[1] + _lines([head, ["---"] * len(head), *rows]) + found[3]
 
     def front_page(found: re.Match[str]) -> str:
         head = ["", "seeds", *IN_WORDS.values(), "random policy"]
-        rows = [_front(name, the(named, ending), digits) for _, named, ending, digits, name in SUMMARY if name]
+        rows = [_front(name, of_row(named, ending), digits) for _, named, ending, digits, name in SUMMARY if name]
         return found[1] + _lines([head, ["---"] * len(head), *rows]) + found[3]
 
     return FRONT_PAGE.sub(front_page, SUMMARISED.sub(summary, TABLE.sub(table, page)))
@@ -83,20 +82,21 @@ def _lines(rows: list[list[str]]) -> str:
     return "\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows) + "\n"
 
 
-def _found(reports: list[dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any] | None]:
+def _means(reports: list[dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any] | None]:
     """The mean of each method in the first report that has it."""
     return [next((task["methods"][name]["mean"] for task in reports if name in task["methods"]), None) for name in names]
 
 
-def _means(reports: list[dict[str, Any]], names: Iterable[str], digits: int) -> list[str]:
-    """Of each method its mean and half of the interval; a dash where it was not run."""
-    return ["–" if m is None else f"{number(m['value'], digits)}{_half(m, digits)}" for m in _found(reports, names)]
+def _cells(means: list[dict[str, Any] | None], digits: int) -> list[str]:
+    """Each mean with half of its interval; a dash for a method that was not run."""
+    return ["–" if m is None else f"{number(m['value'], digits)}{_half(m, digits)}" for m in means]
 
 
 def _front(name: str, reports: list[dict[str, Any]], digits: int) -> list[str]:
     """A row of the front page: the number of seeds, each method's mean, the best in bold, and what random play gets."""
-    values = [-math.inf if m is None else m["value"] for m in _found(reports, IN_WORDS)]
-    cells = [f"**{cell}**" if value == max(values) else cell for cell, value in zip(_means(reports, IN_WORDS, digits), values, strict=True)]
+    means = _means(reports, IN_WORDS)
+    best = max(m["value"] for m in means if m is not None)
+    cells = [f"**{cell}**" if m and m["value"] == best else cell for m, cell in zip(means, _cells(means, digits), strict=True)]
     random = reports[0]["random"]
     return [name, str(len(reports[0]["seeds"])), *cells, "–" if random is None else number(random, digits)]
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from k24 import config as config_module
-from k24.config import PRESETS, TrainConfig, first_difference, for_algo, from_dict, load_config, preset, save_config, to_dict
+from k24.config import TrainConfig, first_difference, for_algo, from_dict, load_config, save_config, to_dict
 from k24.errors import UsageError
 from k24.learners import LEARNERS, PPOConfig, TD3Config, ValueConfig
+from k24.presets import PRESETS, preset
 from k24.sharing import SCHEMES, Dense, K24Config, Kaleidoscope, KaleidoscopeConfig, SharingConfig, make_critic_sharing
 
 OTHER = TrainConfig(

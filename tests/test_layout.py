@@ -54,10 +54,11 @@ LAYERS: dict[str, set[str]] = {
     },
     "report": {"files", "strict", "policy", "config", "evaluate", "export", "inspection", "bench"},
     "suites": set(),
+    "presets": {"config"},
     "sweep": {"strict", "envs", "config", "checkpoint", "evaluate", "train"},
     "commands": {
         *("allocator", "sparse", "artifact", "sharing", "nets", "envs", "learners", "config", "checkpoint"),
-        *("export", "evaluate", "inspection", "train", "bench", "suites", "sweep", "report"),
+        *("export", "evaluate", "inspection", "train", "bench", "suites", "presets", "sweep", "report"),
     },
     "cli": {"commands"},
     "__main__": {"cli"},

@@ -73,7 +73,7 @@ def test_what_a_report_does_not_know_is_a_dash(tmp_path: Path) -> None:
     assert found.splitlines()[4] == "| fups | 0.0 | – | 0.0 (–) | 0.0 | – | – |"
 
 
-def test_a_row_of_the_front_page(tmp_path: Path) -> None:
+def test_a_row_of_the_front_page() -> None:
     methods = {"k24": method(-2.0, -2.0), "fups_id": method(-3.0, -3.0), "snp": method(9.0, 9.0)}
     first = {"methods": methods, "seeds": [0, 1, 2], "random": -7.25}
     second = {"methods": {"fups_id": method(5.0, 5.0), "k24,hidden=92": method(-1.0, -1.0)}, "seeds": [0], "random": None}

@@ -76,8 +76,9 @@ def read_request(arguments: Sequence[str]) -> Request:
         HelpShown: They asked for help, which has been printed.
         UsageError: Something is wrong with them.
     """
-    from k24.config import PRESETS, TrainConfig, for_algo, load_config, preset, why_ignored
+    from k24.config import TrainConfig, for_algo, load_config, why_ignored
     from k24.learners import LEARNERS
+    from k24.presets import PRESETS, preset
 
     given = list(arguments)
     out, config_file, preset_name = take(given, "--out"), take(given, "--config"), take(given, "--preset")

@@ -170,10 +170,11 @@ class PPOLearner(Learner):
         outputs = self._kind.n_outputs(spec.n_actions)
         net = AgentNet(spec.obs_dim, outputs, hidden, spec.n_agents, self.sharing, agent_id, c.recurrent)
         judge = critic_sharing(1 if self._central else self.sharing.n_slots, False)
+        width = c.critic_hidden or hidden
         critic = (
-            AgentNet(spec.state_dim, self._n_values, c.critic_hidden or hidden, 1, judge, False, c.recurrent)
+            AgentNet(spec.state_dim, self._n_values, width, 1, judge, False, c.recurrent)
             if self._central
-            else AgentNet(spec.obs_dim, 1, c.critic_hidden or hidden, spec.n_agents, judge, agent_id, c.recurrent)
+            else AgentNet(spec.obs_dim, 1, width, spec.n_agents, judge, agent_id, c.recurrent)
         )
         decay = (c.lr_decay_start, c.lr_final)
         self.policy = Trainee("loss_policy", net.to(self.device), self.sharing, c.lr, c.grad_clip, decay, eps=c.adam_eps)

@@ -186,7 +186,7 @@ def _verdict(methods: dict[str, Any], reference: str, other: str) -> str:
 
 
 def _settings_of(grid: Grid, task: str) -> dict[str, Any]:
-    """What a task's runs have in common, or all that there is of it; what a method's name says is its own."""
+    """What a task's runs have in common, or all that there is of it, what a method's name says being its own; and how wide critics are."""
     configs = [grid.runs[method, task][0].config for method in grid.methods]
     plain = [grid.runs[method, task][0].config for method in grid.methods if "," not in method] or configs
     return {
